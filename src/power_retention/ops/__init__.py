@@ -1,0 +1,23 @@
+"""The operator: its layout, its forms, its state, and the call that joins them."""
+
+from power_retention.ops.backends import Backend, Call, backend_names, register_backend
+from power_retention.ops.layout import LAYOUT, expand, from_blocks16, multiplicity, state_width, to_blocks16
+from power_retention.ops.operator import power_retention
+from power_retention.ops.state import PowerState
+from power_retention.ops.step import power_retention_step
+
+__all__ = [
+    "LAYOUT",
+    "Backend",
+    "Call",
+    "PowerState",
+    "backend_names",
+    "expand",
+    "from_blocks16",
+    "multiplicity",
+    "power_retention",
+    "power_retention_step",
+    "register_backend",
+    "state_width",
+    "to_blocks16",
+]

@@ -1,0 +1,205 @@
+"""Who computes a call.  Backends stand in a list, fastest first; the first that accepts a call runs it.
+
+A backend joins by :func:`register_backend`; nothing a caller writes changes.  ``POWER_RETENTION_BACKEND=name`` pins one,
+and ``POWER_RETENTION_STRICT=1`` turns every fallback into an error.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from power_retention.errors import BackendError
+from power_retention.ops import attention, chunk
+from power_retention.ops.heads import compute_dtype
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the operator, already checked.
+
+    Attributes:
+        q: ``[B, T, Hq, d]``.
+        k: ``[B, T, H, d]``.
+        v: ``[B, T, H, e]``.
+        log_g: ``[B, T, H]`` or None.
+        memory, normalizer: entering states ``[R, H, D, e]`` and ``[R, H, D]``, or None; R is the number of runs.
+        cu_seqlens: ``[R + 1]`` borders of the packed runs (then B = 1), or None (then R = B).
+        p: the power.
+        chunk_size: tokens a chunk; 0 means the attention form.
+        return_state: whether final states are wanted.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    log_g: Tensor | None
+    memory: Tensor | None
+    normalizer: Tensor | None
+    cu_seqlens: Tensor | None
+    p: int
+    chunk_size: int
+    return_state: bool
+
+    @property
+    def runs(self) -> int:
+        """Number of independent sequences."""
+        return self.q.shape[0] if self.cu_seqlens is None else self.cu_seqlens.numel() - 1
+
+
+class Backend(Protocol):
+    """What a backend provides; ``forward`` and ``backward`` see real tensors, never fake ones."""
+
+    name: str
+
+    def refusal(self, call: Call) -> str | None:
+        """Why this backend cannot run the call, or None if it can."""
+        ...
+
+    def forward(self, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+        """(y ``[B, T, Hq, e]``, memory ``[R, H, D, e]``, normalizer ``[R, H, D]``); states have 0 runs if not wanted."""
+        ...
+
+    def backward(
+        self, call: Call, dy: Tensor, d_memory: Tensor | None, d_normalizer: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of q, k, v, log_g, memory, normalizer, each in its input's dtype."""
+        ...
+
+
+_BACKENDS: list[Backend] = []
+
+
+def register_backend(backend: Backend, *, first: bool = True) -> None:
+    """Add a backend, by default ahead of those already there; one of the same name is replaced."""
+    _BACKENDS[:] = [known for known in _BACKENDS if known.name != backend.name]
+    _BACKENDS.insert(0 if first else len(_BACKENDS), backend)
+
+
+def backend_names() -> list[str]:
+    """Names of the registered backends, in order of preference."""
+    return [backend.name for backend in _BACKENDS]
+
+
+def choose_backend(call: Call) -> Backend:
+    """The first backend that accepts the call; says once a process why a preferred one did not."""
+    wanted = os.environ.get("POWER_RETENTION_BACKEND")
+    candidates = [b for b in _BACKENDS if wanted in (None, "", b.name)]
+    if not candidates:
+        raise BackendError(f"POWER_RETENTION_BACKEND={wanted!r} names no backend; there are: {', '.join(backend_names())}.")
+    refusals = []
+    for backend in candidates:
+        reason = backend.refusal(call)
+        if reason is None:
+            _report_fallback(tuple(refusals), backend.name)
+            return backend
+        refusals.append(f"{backend.name}: {reason}")
+    raise BackendError(f"No backend can run this call ({'; '.join(refusals)}).")
+
+
+_reported: set[tuple[str, ...]] = set()
+
+
+def _report_fallback(refusals: tuple[str, ...], chosen: str) -> None:
+    if not refusals:
+        return
+    message = f"power retention runs on the {chosen!r} backend ({'; '.join(refusals)})."
+    if os.environ.get("POWER_RETENTION_STRICT", "0") not in ("", "0"):
+        raise BackendError(message + " POWER_RETENTION_STRICT makes this an error.")
+    if refusals not in _reported:
+        _reported.add(refusals)
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+class TorchBackend:
+    """Plain PyTorch: every device, every dtype, every shape."""
+
+    name = "torch"
+
+    def refusal(self, call: Call) -> str | None:
+        return None
+
+    def forward(self, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+        y = call.q.new_empty(*call.q.shape[:-1], call.v.shape[-1], dtype=call.v.dtype)
+        finals: list[Tensor] = []
+        for rows, span in _runs(call):
+            q, k, v, log_g = (None if x is None else x[:, span] for x in (call.q, call.k, call.v, call.log_g))
+            if call.chunk_size == 0:
+                y[:, span] = attention.attention_forward(q, k, v, log_g, call.p)
+                continue
+            state = _entering(call, rows)
+            y[:, span], final = chunk.chunk_forward(
+                q, k, v, log_g, state, call.p, call.chunk_size, call.return_state
+            )
+            if final is not None:
+                finals.append(final.unflatten(0, (-1, call.k.shape[2])))
+        if not finals:
+            nothing = call.k.new_empty(0, dtype=compute_dtype(call.q.dtype))
+            return y, nothing, nothing.clone()
+        final = torch.cat(finals)
+        return y, final[..., :-1].contiguous(), final[..., -1].contiguous()
+
+    def backward(
+        self, call: Call, dy: Tensor, d_memory: Tensor | None, d_normalizer: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        dq, dk, dv = torch.empty_like(call.q), torch.empty_like(call.k), torch.empty_like(call.v)
+        dlog_g = None if call.log_g is None else torch.empty_like(call.log_g)
+        d_entering: list[Tensor] = []
+        for rows, span in _runs(call):
+            q, k, v, log_g = (None if x is None else x[:, span] for x in (call.q, call.k, call.v, call.log_g))
+            if call.chunk_size == 0:
+                grads = attention.attention_backward(dy[:, span], q, k, v, log_g, call.p)
+            else:
+                d_final = _join(d_memory, d_normalizer, rows)
+                *grads, d_state = chunk.chunk_backward(
+                    dy[:, span], d_final, q, k, v, log_g, _entering(call, rows), call.p, call.chunk_size
+                )
+                if d_state is not None:
+                    d_entering.append(d_state.unflatten(0, (-1, call.k.shape[2])))
+            for target, grad in zip((dq, dk, dv, dlog_g), grads, strict=True):
+                if target is not None:
+                    target[:, span] = grad
+        if call.memory is None or call.normalizer is None:
+            return dq, dk, dv, dlog_g, None, None
+        d_state = torch.cat(d_entering)
+        return (
+            dq,
+            dk,
+            dv,
+            dlog_g,
+            d_state[..., :-1].to(call.memory.dtype).contiguous(),
+            d_state[..., -1].to(call.normalizer.dtype).contiguous(),
+        )
+
+
+def _runs(call: Call) -> Iterator[tuple[slice, slice]]:
+    """(rows of the states, tokens) of each independent run; empty runs have no token and keep their state."""
+    if call.cu_seqlens is None:
+        yield slice(0, call.q.shape[0]), slice(0, call.q.shape[1])
+        return
+    borders = call.cu_seqlens.tolist()
+    for run in range(len(borders) - 1):
+        yield slice(run, run + 1), slice(borders[run], borders[run + 1])
+
+
+def _entering(call: Call, rows: slice) -> Tensor | None:
+    state = _join(call.memory, call.normalizer, rows)
+    if state is None and call.return_state and call.q.shape[1] == 0:
+        raise AssertionError("checked by the operator")
+    return None if state is None else state.to(compute_dtype(call.q.dtype))
+
+
+def _join(memory: Tensor | None, normalizer: Tensor | None, rows: slice) -> Tensor | None:
+    """Memory and normaliser as one tensor ``[N, D, e + 1]``."""
+    if memory is None or normalizer is None:
+        return None
+    return torch.cat((memory[rows], normalizer[rows].to(memory.dtype).unsqueeze(-1)), -1).flatten(0, 1)
+
+
+register_backend(TorchBackend())

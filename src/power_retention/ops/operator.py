@@ -85,12 +85,12 @@ def choose_chunk_size(tokens: int, head_width: int, p: int, *, needs_state: bool
     """Tokens a chunk, 0 for the attention form.
 
     A token costs about c·2d operations inside its chunk and D·2d at its border; chunks of about D/4 balance the two with
-    the element-wise work that only the first has, and sequences of a few chunks are cheaper as plain attention.
+    the element-wise work that only the first has.  A sequence of up to two chunks is one chunk, and needs no border.
     """
     if not has_state(head_width, p):
         return 0
-    size = min(1024, max(64, 1 << (state_width(head_width, p) // 4).bit_length() - 1))
-    return 0 if tokens <= 2 * size and not needs_state else size
+    size = min(512, max(64, 1 << (state_width(head_width, p) // 4).bit_length() - 1))
+    return tokens if tokens <= 2 * size and not needs_state else size
 
 
 def _without_padding(

@@ -1,1 +1,47 @@
-"""Language models whose memory does not grow."""
+"""Language models whose memory does not grow: power retention, from operator to served model.
+
+The names a user needs are here; they are loaded when first asked for, so that importing the operator alone does not wait
+for transformers.  Importing :mod:`power_retention.models` (or any name below that needs it) registers the models with the
+Auto classes.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from power_retention.errors import PowerRetentionError
+from power_retention.ops import PowerState, power_retention, power_retention_step
+
+if TYPE_CHECKING:
+    from power_retention.conversion.calibrate import calibrate_mixers
+    from power_retention.conversion.swap import swap_attention
+    from power_retention.models import PowerRetentionCache, PowerRetentionConfig, PowerRetentionForCausalLM
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "PowerRetentionCache": "models",
+    "PowerRetentionConfig": "models",
+    "PowerRetentionForCausalLM": "models",
+    "calibrate_mixers": "conversion.calibrate",
+    "swap_attention": "conversion.swap",
+}
+
+__all__ = [
+    "PowerRetentionCache",
+    "PowerRetentionConfig",
+    "PowerRetentionError",
+    "PowerRetentionForCausalLM",
+    "PowerState",
+    "calibrate_mixers",
+    "power_retention",
+    "power_retention_step",
+    "swap_attention",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)

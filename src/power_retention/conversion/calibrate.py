@@ -20,12 +20,16 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from power_retention.errors import StateError
 from power_retention.layers import PowerRetentionMixer
 from power_retention.models import PowerRetentionForCausalLM
 
@@ -137,8 +141,7 @@ def _calibrate_layer(
     q, k = mixer.queries_and_keys(x, *position_embeddings)
     fit = _set_key_bias(mixer, q, k)
     half_lives = _set_gates(mixer, q, k)
-    scales = _scale_outputs(mixer, x, position_embeddings, wanted)
-    after = relative_error(mixer(x, position_embeddings)[0], wanted)
+    scales, after = _scale_outputs(mixer, x, position_embeddings, wanted)
     return LayerReport(index, fit, half_lives, scales, before, after)
 
 
@@ -199,8 +202,11 @@ def _set_gates(mixer: PowerRetentionMixer, q: Tensor, k: Tensor) -> list[float]:
 
 def _scale_outputs(
     mixer: PowerRetentionMixer, x: Tensor, position_embeddings: tuple[Tensor, Tensor], wanted: Tensor
-) -> list[float]:
-    """Fold the least-squares factor of each query head into the output projection; returns the factors."""
+) -> tuple[list[float], float]:
+    """Fold the least-squares factor of each query head into the output projection.
+
+    Returns the factors and the relative error that is left.
+    """
     inner = copy.copy(mixer)
     inner._modules = {**mixer._modules, "o_proj": nn.Identity()}
     heads = inner(x, position_embeddings)[0].flatten(0, 1).unflatten(-1, (-1, mixer.head_dim))
@@ -213,4 +219,41 @@ def _scale_outputs(
     right = (parts @ target.flatten()).double() + ridge
     scales = torch.linalg.solve(gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device), right)
     mixer.o_proj.weight.copy_((weight * scales.to(weight)[:, None]).flatten(1))
-    return scales.tolist()
+    return scales.tolist(), relative_error((scales.to(parts) @ parts).view_as(target), target)
+
+
+# ── what calibration wrote, as a small file: enough to calibrate the same swap again ─────────────────────────────────
+
+
+def save_calibration(student: PowerRetentionForCausalLM, reports: list[LayerReport], path: Path) -> None:
+    """Write key biases, gates and output scales of a calibrated model."""
+    tensors = {}
+    for report, layer in zip(reports, student.model.layers, strict=True):
+        for name, value in _new_parameters(layer.self_attn).items():
+            tensors[f"{report.layer}.{name}"] = value.detach()
+        tensors[f"{report.layer}.output_scale"] = torch.tensor(report.output_scales)
+    save_file(tensors, path)
+
+
+@torch.no_grad()
+def apply_calibration(student: PowerRetentionForCausalLM, path: Path) -> None:
+    """Calibrate a freshly swapped model as another swap of the same Transformer was.
+
+    Raises:
+        StateError: the file is damaged or of another model.
+    """
+    try:
+        tensors = load_file(path)
+        for index, layer in enumerate(student.model.layers):
+            mixer = layer.self_attn
+            for name, value in _new_parameters(mixer).items():
+                value.copy_(tensors[f"{index}.{name}"])
+            scale = tensors[f"{index}.output_scale"].to(mixer.o_proj.weight)
+            mixer.o_proj.weight.mul_(scale.repeat_interleave(mixer.head_dim))
+    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+        raise StateError(f"{path} is not the calibration of this model, or is damaged ({error}).") from error
+
+
+def _new_parameters(mixer: PowerRetentionMixer) -> dict[str, Tensor]:
+    found = {f"g_proj.{name}": value for name, value in mixer.g_proj.named_parameters()}
+    return found if mixer.k_bias is None else {**found, "k_bias": mixer.k_bias}

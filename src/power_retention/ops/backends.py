@@ -143,7 +143,7 @@ class TorchBackend:
             nothing = call.k.new_empty(0, dtype=compute_dtype(call.q.dtype))
             return y, nothing, nothing.clone()
         final = torch.cat(finals)
-        return y, final[..., :-1].contiguous(), final[..., -1].contiguous()
+        return y, _copy(final[..., :-1]), _copy(final[..., -1])
 
     def backward(
         self, call: Call, dy: Tensor, d_memory: Tensor | None, d_normalizer: Tensor | None
@@ -173,8 +173,8 @@ class TorchBackend:
             dk,
             dv,
             dlog_g,
-            d_state[..., :-1].to(call.memory.dtype).contiguous(),
-            d_state[..., -1].to(call.normalizer.dtype).contiguous(),
+            _copy(d_state[..., :-1].to(call.memory.dtype)),
+            _copy(d_state[..., -1].to(call.normalizer.dtype)),
         )
 
 
@@ -195,11 +195,17 @@ def _entering(call: Call, rows: slice) -> Tensor | None:
     return None if state is None else state.to(compute_dtype(call.q.dtype))
 
 
+def _copy(x: Tensor) -> Tensor:
+    """What a custom operator may return: contiguous, and no view of another result (states of width 1 would be)."""
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 def _join(memory: Tensor | None, normalizer: Tensor | None, rows: slice) -> Tensor | None:
     """Memory and normaliser as one tensor ``[N, D, e + 1]``."""
     if memory is None or normalizer is None:
         return None
-    return torch.cat((memory[rows], normalizer[rows].to(memory.dtype).unsqueeze(-1)), -1).flatten(0, 1)
+    dtype = torch.promote_types(memory.dtype, normalizer.dtype)
+    return torch.cat((memory[rows].to(dtype), normalizer[rows].to(dtype).unsqueeze(-1)), -1).flatten(0, 1)
 
 
 register_backend(TorchBackend())

@@ -64,13 +64,14 @@ def power_retention_step(
 
 def _extend(state: PowerState, gate: Tensor | None, phi: Tensor, values: Tensor, inplace: bool) -> PowerState:
     """S ← g·S + φ(k)vᵀ,  s ← g·s + φ(k)."""
-    memory, normalizer = state.memory.flatten(0, 1), state.normalizer.flatten(0, 1)
+    memory, normalizer = state.memory, state.normalizer
     if not inplace:
         memory, normalizer = memory.to(phi.dtype, copy=True), normalizer.to(phi.dtype, copy=True)
+    # [B, H, …] throughout: flattening a state that is a view would update a copy of it.
+    phi, values = phi.view(normalizer.shape), values.view(*memory.shape[:2], 1, -1)
     if gate is not None:
+        gate = gate.view(*memory.shape[:2], 1)
         memory, normalizer = memory.mul_(gate.unsqueeze(-1)), normalizer.mul_(gate)
-    memory.baddbmm_(phi.unsqueeze(-1).to(memory.dtype), values.unsqueeze(1).to(memory.dtype))
+    memory.addcmul_(phi.unsqueeze(-1).to(memory.dtype), values.to(memory.dtype))
     normalizer.add_(phi)
-    if inplace:
-        return state
-    return state._replace(memory=memory.view(state.memory.shape), normalizer=normalizer.view(state.normalizer.shape))
+    return state._replace(memory=memory, normalizer=normalizer)

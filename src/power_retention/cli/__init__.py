@@ -1,0 +1,55 @@
+"""The command ``power-retention``."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from power_retention.cli import convert, env, evaluate, generate, retrain
+from power_retention.cli.display import status
+from power_retention.errors import PowerRetentionError
+
+app = typer.Typer(
+    name="power-retention",
+    help="Language models whose memory does not grow.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+for module in (convert, retrain, evaluate, generate, env):
+    module.register(app)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from power_retention import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+) -> None:
+    """Language models whose memory does not grow.
+
+    convert → retrain → evaluate → generate: a pretrained Transformer becomes an attention-free model.
+    """
+
+
+def main() -> None:
+    """Run the command; an error of ours is one sentence and exit status 1."""
+    from power_retention.training.run import RunInterrupted
+
+    try:
+        app()
+    except RunInterrupted as stopped:
+        status.print(f"[bold]{stopped}[/] Run the same command with --resume to continue.", highlight=False)
+        sys.exit(75)
+    except PowerRetentionError as error:
+        status.print(f"[bold red]error:[/] {error}", highlight=False, markup=True)
+        sys.exit(1)

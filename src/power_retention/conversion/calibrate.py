@@ -40,6 +40,8 @@ HALF_LIVES = (16.0, 4096.0)
 """Shortest and longest half-life given to a gate, in tokens."""
 
 _RIDGE = 1e-3
+_QUIETEST = 0.05
+"""Smallest output scale: a head that starts silent could not learn to speak."""
 _WARM_UP = 64
 """Rows this early see too little to tell how far a head looks back."""
 
@@ -218,6 +220,7 @@ def _scale_outputs(
     # The ridge pulls towards 1, not towards silence: a head that hardly speaks keeps its voice.
     right = (parts @ target.flatten()).double() + ridge
     scales = torch.linalg.solve(gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device), right)
+    scales = scales.clamp(min=_QUIETEST)
     mixer.o_proj.weight.copy_((weight * scales.to(weight)[:, None]).flatten(1))
     return scales.tolist(), relative_error((scales.to(parts) @ parts).view_as(target), target)
 

@@ -33,8 +33,11 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 
 
 @contextmanager
-def progress_bar(description: str, note: str = "") -> Iterator[Callable[..., None]]:
-    """A bar with count, time left and a note; yields ``update(done, total, note="")``."""
+def progress_bar(description: str) -> Iterator[Callable[..., None]]:
+    """A bar with count, time left and a note; yields ``update(done, total, note="")``.
+
+    Where standard error is no terminal (a log file, CI), a line is written every tenth of the way instead.
+    """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -42,10 +45,15 @@ def progress_bar(description: str, note: str = "") -> Iterator[Callable[..., Non
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=status) as progress:
-        task: TaskID = progress.add_task(description, total=None, note=note)
+    with Progress(*columns, console=status, disable=not status.is_terminal) as progress:
+        task: TaskID = progress.add_task(description, total=None, note="")
+        tenth = 0
 
         def update(done: int, total: int, note: str = "") -> None:
+            nonlocal tenth
             progress.update(task, completed=done, total=total, note=note)
+            if not status.is_terminal and 10 * done // max(total, 1) > tenth:
+                tenth = 10 * done // total
+                status.print(f"{description}: {done}/{total}  {note}".rstrip(), highlight=False)
 
         yield update

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from power_retention.cli.display import print_json, progress_bar, results, status, table
-from power_retention.cli.options import Json, Seed, Teacher, Text, TextField, open_noted_teacher, open_student, quiet_libraries
+from power_retention.cli.options import (
+    Json,
+    Seed,
+    Teacher,
+    Text,
+    TextField,
+    open_noted_teacher,
+    open_student,
+    quiet_libraries,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,7 +66,9 @@ def evaluate(
     from power_retention.files import clear_write_errors, write_json
 
     if not text:
-        raise DataError("evaluate needs the text that the model was retrained on, to predict what was held out: --text FILE.")
+        raise DataError(
+            "evaluate needs the text that the model was retrained on, to predict what was held out: --text FILE."
+        )
     lengths = _lengths(contexts)
     with status.status("Opening model, teacher and text"):
         student, source = open_student(model).eval(), open_noted_teacher(model, teacher)
@@ -165,7 +176,9 @@ def _decode(model: Path, source: Source, lengths: list[int], out: Path) -> dict[
 
             def show(point: DecodePoint, name: str = name, done: int = done) -> None:
                 place = done + sorted(lengths).index(point.context) + 1
-                update(place, 2 * len(lengths), f"{name}, {point.context:,} tokens: {point.milliseconds:.0f} ms a token")
+                update(
+                    place, 2 * len(lengths), f"{name}, {point.context:,} tokens: {point.milliseconds:.0f} ms a token"
+                )
 
             measured[name] = measure_in_own_process(folder, lengths, progress=show)
     draw_decode_figure(
@@ -198,7 +211,7 @@ def _show(
     for name, sample in samples.items():
         results.print(f"\n[bold]{name}[/]  [dim]{prompt}[/]{sample}", highlight=False)
     if decode:
-        rows = [
+        costs = [
             (
                 f"{slow.context:,}",
                 f"{slow.tokens_per_second:.1f}",
@@ -211,5 +224,5 @@ def _show(
         ]
         columns = ("context, tokens", "teacher tokens/s", "student tokens/s", "faster", "teacher GB", "student GB")
         results.print()
-        table("Decoding and resident memory (contexts simulated)", columns, rows)
+        table("Decoding and resident memory (contexts simulated)", columns, costs)
     results.print(f"\nReport in [bold]{out}[/]: evaluation.json{', decode.png' if decode else ''}", highlight=False)

@@ -37,8 +37,7 @@ def generate(
         power-retention generate my-model-retrained "Who was Herman Melville?" --chat --temperature 0.7
     """
     quiet_libraries()
-    from power_retention.serving.generate import Sampling, generate_text
-    from power_retention.serving.generate import open_tokenizer
+    from power_retention.serving.generate import Sampling, generate_text, open_tokenizer
 
     with status.status(f"Opening {model}"):
         student, tokenizer = open_student(model).eval(), open_tokenizer(model)

@@ -72,7 +72,9 @@ def open_student(folder: Path) -> PowerRetentionForCausalLM:
     from power_retention.models import PowerRetentionForCausalLM
 
     if not (folder / "config.json").is_file():
-        raise SourceError(f"{folder} holds no model (no config.json); `power-retention convert SOURCE {folder}` makes one.")
+        raise SourceError(
+            f"{folder} holds no model (no config.json); `power-retention convert SOURCE {folder}` makes one."
+        )
     try:
         model, loading = PowerRetentionForCausalLM.from_pretrained(
             folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
@@ -84,4 +86,5 @@ def open_student(folder: Path) -> PowerRetentionForCausalLM:
             f"{folder} is not a power-retention model, or is incomplete: it lacks {sorted(loading['missing_keys'])[0]} and "
             f"{len(loading['missing_keys']) - 1} more weights. `power-retention convert` turns a Transformer into one."
         )
-    return model
+    student: PowerRetentionForCausalLM = model
+    return student

@@ -49,7 +49,9 @@ def retrain(
     align_lr: Annotated[float, typer.Option(help="Learning rate of the mixers while aligning.")] = 8e-3,
     mixer_lr: Annotated[float, typer.Option(help="Learning rate of the mixers while distilling.")] = 5e-4,
     other_lr: Annotated[float, typer.Option(help="Learning rate of everything else while distilling.")] = 1e-4,
-    precision: Annotated[str, typer.Option(help="float32, bfloat16, or auto: whichever multiplies faster here.")] = "auto",
+    precision: Annotated[
+        str, typer.Option(help="float32, bfloat16, or auto: whichever multiplies faster here.")
+    ] = "auto",
     checkpoint_minutes: Annotated[float, typer.Option(help="Time between checkpoints.")] = 5.0,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in OUT exactly where it stopped.")] = False,
     seed: Seed = 0,
@@ -66,9 +68,9 @@ def retrain(
     """
     quiet_libraries()
     from power_retention.errors import DataError
+    from power_retention.training.recipe import Recipe
     from power_retention.training.retraining import Retraining, fastest_precision, steps_within
     from power_retention.training.run import RunFolder, execute, remove_checkpoints
-    from power_retention.training.recipe import Recipe
 
     if not text:
         raise DataError("retrain needs text to train on: --text FILE_OR_FOLDER.")
@@ -149,7 +151,9 @@ def _check_same_inputs(noted: dict[str, Any], given: dict[str, Any]) -> None:
 
     for name, value in noted.items():
         if given[name] != value:
-            raise CheckpointError(f"This run was begun with {name} {value}, not {given[name]}: resume it with the same.")
+            raise CheckpointError(
+                f"This run was begun with {name} {value}, not {given[name]}: resume it with the same."
+            )
 
 
 def _training_documents(text: list[Path], field: str, seed: int) -> list[str]:

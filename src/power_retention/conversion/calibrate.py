@@ -95,12 +95,12 @@ def calibrate_mixers(
     offsets = position_offsets(len(tokens), student.config.max_position_embeddings - tokens.shape[1], seed)
     positions = (torch.arange(tokens.shape[1]) + offsets[:, None]).to(tokens.device)
     reports: list[LayerReport] = []
-    layers = student.model.layers
+    mixers = student.mixers
 
     def visit(index: int, x: Tensor, position_embeddings: tuple[Tensor, Tensor], wanted: Tensor) -> None:
-        reports.append(_calibrate_layer(index, layers[index].self_attn, x, position_embeddings, wanted))
+        reports.append(_calibrate_layer(index, mixers[index], x, position_embeddings, wanted))
         if progress:
-            progress(len(reports), len(layers))
+            progress(len(reports), len(mixers))
 
     with attention_visited(teacher, visit):
         teacher.model(input_ids=tokens, position_ids=positions, use_cache=False)
@@ -231,8 +231,8 @@ def _scale_outputs(
 def save_calibration(student: PowerRetentionForCausalLM, reports: list[LayerReport], path: Path) -> None:
     """Write key biases, gates and output scales of a calibrated model."""
     tensors = {}
-    for report, layer in zip(reports, student.model.layers, strict=True):
-        for name, value in _new_parameters(layer.self_attn).items():
+    for report, mixer in zip(reports, student.mixers, strict=True):
+        for name, value in _new_parameters(mixer).items():
             tensors[f"{report.layer}.{name}"] = value.detach()
         tensors[f"{report.layer}.output_scale"] = torch.tensor(report.output_scales)
     save_file(tensors, path)
@@ -247,8 +247,7 @@ def apply_calibration(student: PowerRetentionForCausalLM, path: Path) -> None:
     """
     try:
         tensors = load_file(path)
-        for index, layer in enumerate(student.model.layers):
-            mixer = layer.self_attn
+        for index, mixer in enumerate(student.mixers):
             for name, value in _new_parameters(mixer).items():
                 value.copy_(tensors[f"{index}.{name}"])
             scale = tensors[f"{index}.output_scale"].to(mixer.o_proj.weight)
@@ -258,5 +257,5 @@ def apply_calibration(student: PowerRetentionForCausalLM, path: Path) -> None:
 
 
 def _new_parameters(mixer: PowerRetentionMixer) -> dict[str, Tensor]:
-    found = {f"g_proj.{name}": value for name, value in mixer.g_proj.named_parameters()}
+    found: dict[str, Tensor] = {f"g_proj.{name}": value for name, value in mixer.g_proj.named_parameters()}
     return found if mixer.k_bias is None else {**found, "k_bias": mixer.k_bias}

@@ -78,8 +78,8 @@ def hard_swap(teacher: PreTrainedModel, p: int = 2) -> PowerRetentionForCausalLM
     """The published way to start: a copy of the teacher with bare mixers, gates at ½ and no key bias."""
     student = swap_attention(copy.deepcopy(teacher), p=p, key_bias=False)
     with torch.no_grad():
-        for layer in student.model.layers:
-            layer.self_attn.g_proj.bias.zero_()
+        for mixer in student.mixers:
+            mixer.g_proj.bias.zero_()
     return student
 
 

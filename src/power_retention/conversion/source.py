@@ -433,7 +433,7 @@ def _tensor_end(tensor: _GGUFTensor, data_start: int, path: Path) -> int:
             f"{path} stores {tensor.name} in the unknown format {tensor.type_id}: "
             "the file is damaged, or newer than the installed gguf package."
         ) from None
-    return data_start + tensor.offset + math.prod(tensor.shape) // block * block_bytes
+    return int(data_start + tensor.offset + math.prod(tensor.shape) // block * block_bytes)
 
 
 class _GGUFCursor:

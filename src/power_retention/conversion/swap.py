@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from power_retention.conversion.families import parent_config_to_ours
 from power_retention.models import PowerRetentionForCausalLM
+from power_retention.ops.layout import check_power
 
 NEW_PARAMETERS = ("self_attn.g_proj.weight", "self_attn.g_proj.bias", "self_attn.k_bias")
 """Endings of the parameter names that attention does not have."""
@@ -41,8 +42,10 @@ def swap_attention(
         parent: noted in the configuration as what the model came from.
 
     Raises:
+        ArgumentError: p is not an even power.
         SourceError: the model is of a kind that cannot be converted.
     """
+    check_power(p)
     config = parent_config_to_ours(
         model.config, p=p, gate_bias=gate_bias, key_bias=key_bias, chunk_size=chunk_size, parent=parent
     )
@@ -53,11 +56,14 @@ def swap_attention(
     for name, value in student.state_dict().items():
         if name.endswith(NEW_PARAMETERS):
             parameters[name] = nn.Parameter(torch.empty_like(value, dtype=reference.dtype, device=reference.device))
+    frozen = [value for value in model.parameters() if not value.requires_grad]
     student.load_state_dict(parameters, assign=True)
+    for value in frozen:  # which load_state_dict thaws
+        value.requires_grad_(False)
     student.tie_weights()
     student.model.rotary_emb = type(student.model.rotary_emb)(config).to(reference.device)
-    for layer in student.model.layers:
-        layer.self_attn.reset_mixer_parameters()
+    for mixer in student.mixers:
+        mixer.reset_mixer_parameters()
     student.train(model.training)
     student.generation_config = model.generation_config
     return _become(model, student)

@@ -74,7 +74,8 @@ def measure_in_own_process(
     command += ["--contexts", lengths, "--tokens", str(tokens), "--dtype", dtype]
     points = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
         for line in process.stdout:
             points.append(DecodePoint(**json.loads(line)))
             if progress:

@@ -25,6 +25,13 @@ class PowerRetentionLayerCache(CacheLayerMixin):
         """Keep the state after ``tokens`` more positions."""
         self.state, self.seen, self.is_initialized = state, self.seen + tokens, True
 
+    @property
+    def may_overwrite(self) -> bool:
+        """Whether a step may write the state in place: no gradient needs the old one, and inference mode allows it."""
+        if torch.is_grad_enabled() or self.state is None:
+            return False
+        return torch.is_inference_mode_enabled() or not self.state.memory.is_inference()
+
     def get_seq_length(self) -> int:
         """Positions seen, padding included."""
         return self.seen

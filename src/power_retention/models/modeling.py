@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,8 @@ from power_retention.models.configuration import PowerRetentionConfig
 
 def build_mixer(config: PowerRetentionConfig) -> PowerRetentionMixer:
     """The mixer that a configuration describes."""
-    assert config.num_key_value_heads is not None and config.head_dim is not None  # filled in by the configuration
+    assert config.num_key_value_heads is not None  # filled in by the configuration
+    assert config.head_dim is not None
     return PowerRetentionMixer(
         config.hidden_size,
         config.num_attention_heads,
@@ -63,12 +64,13 @@ class PowerRetentionDecoderLayer(GradientCheckpointingLayer):
             cu_seqlens=cu_seqlens,
             state=None if cache is None else cache.state,
             return_state=cache is not None,
-            update_inplace=not torch.is_grad_enabled(),
+            update_inplace=cache is not None and cache.may_overwrite,
         )
         if cache is not None:
             cache.store(state, hidden_states.shape[1])
         hidden_states = hidden_states + mixed
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        mapped: Tensor = self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states + mapped
 
 
 class PowerRetentionPreTrainedModel(PreTrainedModel):
@@ -120,7 +122,7 @@ class PowerRetentionModel(PowerRetentionPreTrainedModel):
         Args:
             input_ids: ``[B, T]``, or ``inputs_embeds`` ``[B, T, hidden]`` instead.
             attention_mask: ``[B, T]`` or, with a cache, ``[B, seen + T]``; 0 at padding, on whichever side.
-            position_ids: ``[B or 1, T]``; by default they count on from the cache.
+            position_ids: ``[B or 1, T]``; by default they count the tokens that are no padding, on from the cache.
             past_key_values: the cache of earlier calls.
             use_cache: make a cache if there is none.
             cu_seqlens: borders of sequences packed into one row (without a cache).
@@ -132,10 +134,11 @@ class PowerRetentionModel(PowerRetentionPreTrainedModel):
             past_key_values = PowerRetentionCache(self.config.num_hidden_layers)
         check_cache(past_key_values)
         tokens = hidden_states.shape[1]
+        mask = padding_mask(attention_mask, tokens)
         if position_ids is None:
             seen = 0 if past_key_values is None else past_key_values.get_seq_length()
-            position_ids = torch.arange(seen, seen + tokens, device=hidden_states.device).unsqueeze(0)
-        mask = padding_mask(attention_mask, tokens)
+            positions = torch.arange(seen, seen + tokens, device=hidden_states.device).unsqueeze(0)
+            position_ids = count_positions(positions, attention_mask, cu_seqlens)
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         for i, layer in enumerate(self.layers):
             cache = None if past_key_values is None else past_key_values.layers[i]
@@ -153,6 +156,12 @@ class PowerRetentionForCausalLM(PowerRetentionPreTrainedModel, GenerationMixin):
         self.model = PowerRetentionModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    @property
+    def mixers(self) -> list[PowerRetentionMixer]:
+        """The mixer of every layer, first to last."""
+        layers = cast("list[PowerRetentionDecoderLayer]", list(self.model.layers))
+        return [layer.self_attn for layer in layers]
 
     @can_return_tuple
     def forward(
@@ -228,3 +237,17 @@ def padding_mask(attention_mask: Tensor | None, tokens: int) -> Tensor | None:
         )
     mask = attention_mask[:, -tokens:].bool()
     return None if not torch.compiler.is_compiling() and bool(mask.all()) else mask
+
+
+def count_positions(positions: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """``[B or 1, T]``: the given positions ``[1, T]``, less the padding or the packed sequences before each token.
+
+    The key bias acts on rotated keys, so a token's own position matters and not only its distance to others.
+    """
+    if cu_seqlens is not None:
+        borders = cu_seqlens.to(positions)
+        return positions - borders[torch.bucketize(positions, borders, right=True) - 1]
+    if attention_mask is None:
+        return positions
+    padding = (attention_mask == 0).cumsum(-1)[:, -positions.shape[1] :]
+    return (positions - padding).clamp(min=0)

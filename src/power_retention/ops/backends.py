@@ -92,8 +92,10 @@ def choose_backend(call: Call) -> Backend:
     wanted = os.environ.get("POWER_RETENTION_BACKEND")
     candidates = [b for b in _BACKENDS if wanted in (None, "", b.name)]
     if not candidates:
-        raise BackendError(f"POWER_RETENTION_BACKEND={wanted!r} names no backend; there are: {', '.join(backend_names())}.")
-    refusals = []
+        raise BackendError(
+            f"POWER_RETENTION_BACKEND={wanted!r} names no backend; there are: {', '.join(backend_names())}."
+        )
+    refusals: list[str] = []
     for backend in candidates:
         reason = backend.refusal(call)
         if reason is None:
@@ -129,14 +131,12 @@ class TorchBackend:
         y = call.q.new_empty(*call.q.shape[:-1], call.v.shape[-1], dtype=call.v.dtype)
         finals: list[Tensor] = []
         for rows, span in _runs(call):
-            q, k, v, log_g = (None if x is None else x[:, span] for x in (call.q, call.k, call.v, call.log_g))
+            q, k, v, log_g = _cut(call, span)
             if call.chunk_size == 0:
                 y[:, span] = attention.attention_forward(q, k, v, log_g, call.p)
                 continue
             state = _entering(call, rows)
-            y[:, span], final = chunk.chunk_forward(
-                q, k, v, log_g, state, call.p, call.chunk_size, call.return_state
-            )
+            y[:, span], final = chunk.chunk_forward(q, k, v, log_g, state, call.p, call.chunk_size, call.return_state)
             if final is not None:
                 finals.append(final.unflatten(0, (-1, call.k.shape[2])))
         if not finals:
@@ -152,30 +152,36 @@ class TorchBackend:
         dlog_g = None if call.log_g is None else torch.empty_like(call.log_g)
         d_entering: list[Tensor] = []
         for rows, span in _runs(call):
-            q, k, v, log_g = (None if x is None else x[:, span] for x in (call.q, call.k, call.v, call.log_g))
+            q, k, v, log_g = _cut(call, span)
             if call.chunk_size == 0:
-                grads = attention.attention_backward(dy[:, span], q, k, v, log_g, call.p)
+                dq[:, span], dk[:, span], dv[:, span], d_gates = attention.attention_backward(
+                    dy[:, span], q, k, v, log_g, call.p
+                )
             else:
                 d_final = _join(d_memory, d_normalizer, rows)
-                *grads, d_state = chunk.chunk_backward(
+                dq[:, span], dk[:, span], dv[:, span], d_gates, d_state = chunk.chunk_backward(
                     dy[:, span], d_final, q, k, v, log_g, _entering(call, rows), call.p, call.chunk_size
                 )
                 if d_state is not None:
                     d_entering.append(d_state.unflatten(0, (-1, call.k.shape[2])))
-            for target, grad in zip((dq, dk, dv, dlog_g), grads, strict=True):
-                if target is not None:
-                    target[:, span] = grad
+            if dlog_g is not None and d_gates is not None:
+                dlog_g[:, span] = d_gates
         if call.memory is None or call.normalizer is None:
             return dq, dk, dv, dlog_g, None, None
-        d_state = torch.cat(d_entering)
+        d_joined = torch.cat(d_entering)
         return (
             dq,
             dk,
             dv,
             dlog_g,
-            _copy(d_state[..., :-1].to(call.memory.dtype)),
-            _copy(d_state[..., -1].to(call.normalizer.dtype)),
+            _copy(d_joined[..., :-1].to(call.memory.dtype)),
+            _copy(d_joined[..., -1].to(call.normalizer.dtype)),
         )
+
+
+def _cut(call: Call, span: slice) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """q, k, v and log_g of one run."""
+    return call.q[:, span], call.k[:, span], call.v[:, span], None if call.log_g is None else call.log_g[:, span]
 
 
 def _runs(call: Call) -> Iterator[tuple[slice, slice]]:

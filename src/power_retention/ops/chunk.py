@@ -240,9 +240,7 @@ def _embedding_blocks(x: Tensor, width: int) -> Iterator[tuple[int, int, int]]:
             yield head, start, end
 
 
-def _within_backward(
-    d_out: Tensor, chunk: _Chunk, weights: Tensor, slope: Tensor, grads: _Gradients, p: int
-) -> None:
+def _within_backward(d_out: Tensor, chunk: _Chunk, weights: Tensor, slope: Tensor, grads: _Gradients, p: int) -> None:
     """Through the attention inside the chunk; ``slope`` is used up."""
     d_weights = (d_out @ chunk.v1.mT).view_as(weights)
     d_scores = slope.mul_(d_weights).mul_(p).flatten(1, 2)

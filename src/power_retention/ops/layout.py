@@ -40,6 +40,7 @@ WIDEST_STATE = 1 << 16
 
 
 def check_power(p: int) -> None:
+    """Refuse a power that is not an even integer of at least 2."""
     if not isinstance(p, int) or isinstance(p, bool) or p < 2 or p % 2:
         raise ArgumentError(f"p must be an even integer of at least 2 (weights are (q·k)^p), not {p!r}.")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -181,8 +183,10 @@ def _check_borders(cu_seqlens: Tensor, batch: int, tokens: int) -> None:
         raise ArgumentError(f"cu_seqlens packs sequences along T and needs a batch of 1, not {batch}.")
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         borders = cu_seqlens.tolist()
-        if borders[0] != 0 or borders[-1] != tokens or any(a >= b for a, b in zip(borders, borders[1:], strict=False)):
-            raise ArgumentError(f"cu_seqlens must rise from 0 to T = {tokens} without an empty sequence, not {borders}.")
+        if borders[0] != 0 or borders[-1] != tokens or any(a >= b for a, b in pairwise(borders)):
+            raise ArgumentError(
+                f"cu_seqlens must rise from 0 to T = {tokens} without an empty sequence, not {borders}."
+            )
 
 
 def _check_has_state(head_width: int, p: int, chunk_size: int | None) -> None:

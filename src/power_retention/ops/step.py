@@ -39,9 +39,7 @@ def power_retention_step(
     check_heads(q, k, v, log_g, axes="B")
     batch, heads, d = k.shape
     check_power(state.p)
-    check_state(
-        state, batch=batch, heads=heads, head_width=d, value_width=v.shape[-1], p=state.p, device=q.device
-    )
+    check_state(state, batch=batch, heads=heads, head_width=d, value_width=v.shape[-1], p=state.p, device=q.device)
     dtype, p = compute_dtype(q.dtype), state.p
     queries, _ = scaled_queries(q.unsqueeze(1), heads, dtype)  # [N, r, d]
     keys, values = k.to(dtype).flatten(0, 1), v.to(dtype).flatten(0, 1)  # [N, d], [N, e]

@@ -65,7 +65,7 @@ def generate_text(
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
             **(random if sampling.temperature > 0 else {"do_sample": False, "temperature": None, "top_p": None}),
         )
-    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
 
 def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -54,9 +54,9 @@ def load_latest(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
     newest = checkpoints[-1]
     tensors, header = _read(newest)
     parameters = _parameters(model)
-    wanted = {f"model.{name}" for name in parameters}
-    if wanted != {name for name in tensors if name.startswith("model.")}:
-        raise CheckpointError(f"{newest} belongs to another model: its parameters have other names.")
+    wanted = {f"model.{name}": value.shape for name, value in parameters.items()}
+    if wanted != {name: value.shape for name, value in tensors.items() if name.startswith("model.")}:
+        raise CheckpointError(f"{newest} belongs to another model: its parameters have other names or shapes.")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[f"model.{name}"])

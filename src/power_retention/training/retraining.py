@@ -68,12 +68,12 @@ class Retraining:
 
     def _align(self, ids: Tensor, positions: Tensor) -> Metrics:
         errors: list[Tensor] = []
-        layers = self.student.model.layers
+        mixers = self.student.mixers
 
         def visit(index: int, x: Tensor, position_embeddings: tuple[Tensor, Tensor], wanted: Tensor) -> None:
             # Backward layer by layer: only one mixer's activations exist at a time.
             with torch.enable_grad(), self._autocast():
-                got, _ = layers[index].self_attn(x, position_embeddings)
+                got, _ = mixers[index](x, position_embeddings)
                 error = (got.float() - wanted.float()).square().mean() / wanted.float().square().mean()
             error.backward()
             errors.append(error.detach())
@@ -124,7 +124,7 @@ def steps_within(minutes: float, seconds_per_step: dict[str, float], align_share
 
 def fastest_precision() -> str:
     """``bfloat16`` where this processor multiplies it clearly faster than float32, else ``float32``."""
-    seconds = {}
+    seconds: dict[torch.dtype, float] = {}
     for dtype in (torch.float32, torch.bfloat16):
         a = torch.randn(768, 768).to(dtype)
         for _ in range(6):
@@ -136,7 +136,7 @@ def fastest_precision() -> str:
 
 def _split_parameters(student: PowerRetentionForCausalLM) -> tuple[list[Tensor], list[Tensor]]:
     """(parameters of the mixers, all others), each once."""
-    mixer: list[Tensor] = [p for layer in student.model.layers for p in layer.self_attn.parameters()]
+    mixer: list[Tensor] = [p for each in student.mixers for p in each.parameters()]
     known = {id(p) for p in mixer}
     return mixer, [p for p in _trainable(student) if id(p) not in known]
 

@@ -76,7 +76,9 @@ class RunFolder:
             settings = json.loads(self.settings.read_text(encoding="utf-8"))
             return Recipe(**settings["recipe"]), settings["inputs"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{self.settings} cannot be read ({error}); start the run in a new folder.") from error
+            raise CheckpointError(
+                f"{self.settings} cannot be read ({error}); start the run in a new folder."
+            ) from error
 
     def forget_after(self, step: int) -> None:
         """Drop the records of steps that will be taken again."""
@@ -124,7 +126,11 @@ def execute(
     folder.forget_after(first)
     started = last_saved = time.monotonic()
     skipped = 0
-    with _stop_requests() as stop, clear_write_errors(folder.metrics), folder.metrics.open("a", encoding="utf-8") as out:
+    with (
+        _stop_requests() as stop,
+        clear_write_errors(folder.metrics),
+        folder.metrics.open("a", encoding="utf-8") as out,
+    ):
         for step in range(first, recipe.steps):
             metrics = retraining.step(step)
             done = step + 1

@@ -1,8 +1,8 @@
 """Language models whose memory does not grow: power retention, from operator to served model.
 
-The names a user needs are here; they are loaded when first asked for, so that importing the operator alone does not wait
-for transformers.  Importing :mod:`power_retention.models` (or any name below that needs it) registers the models with the
-Auto classes.
+The names a user needs are here; each is loaded when first asked for, so that the operator does not wait for transformers,
+nor ``--help`` for torch.  Importing :mod:`power_retention.models`, or a name below that needs it, registers the models with
+the Auto classes.
 """
 
 from __future__ import annotations
@@ -11,20 +11,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from power_retention.errors import PowerRetentionError
-from power_retention.ops import PowerState, power_retention, power_retention_step
 
 if TYPE_CHECKING:
     from power_retention.conversion.calibrate import calibrate_mixers
     from power_retention.conversion.swap import swap_attention
     from power_retention.models import PowerRetentionCache, PowerRetentionConfig, PowerRetentionForCausalLM
+    from power_retention.ops import PowerState, power_retention, power_retention_step
 
 __version__ = "0.1.0"
 
-_LAZY = {
+_HOMES = {
     "PowerRetentionCache": "models",
     "PowerRetentionConfig": "models",
     "PowerRetentionForCausalLM": "models",
+    "PowerState": "ops",
     "calibrate_mixers": "conversion.calibrate",
+    "power_retention": "ops",
+    "power_retention_step": "ops",
     "swap_attention": "conversion.swap",
 }
 
@@ -42,6 +45,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated
 
@@ -9,7 +10,7 @@ import typer
 
 from power_retention.cli import convert, env, evaluate, generate, retrain
 from power_retention.cli.display import status
-from power_retention.errors import PowerRetentionError
+from power_retention.errors import PowerRetentionError, RunInterrupted
 
 app = typer.Typer(
     name="power-retention",
@@ -45,8 +46,9 @@ def _root(
 
 def main() -> None:
     """Run the command; an error of ours is one sentence and exit status 1."""
-    from power_retention.training.run import RunInterrupted
-
+    # Threads that wait by spinning slow each other down many times over as soon as anything else runs beside them.  Read
+    # by the OpenMP runtime when torch is loaded, which is later than here.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except RunInterrupted as stopped:

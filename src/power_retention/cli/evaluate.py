@@ -123,7 +123,7 @@ def _losses(
     from power_retention.conversion.calibrate import apply_calibration
     from power_retention.conversion.convert import CALIBRATION, hard_swap
     from power_retention.conversion.swap import swap_attention
-    from power_retention.evaluation.loss import held_out_loss
+    from power_retention.evaluation.loss import HeldOut
 
     def calibrated() -> PreTrainedModel:
         import copy
@@ -132,16 +132,18 @@ def _losses(
         apply_calibration(model, folder / CALIBRATION)
         return model
 
-    variants = {"teacher": lambda: teacher, "hard swap": lambda: hard_swap(teacher, student.config.power)}
+    variants = {"hard swap": lambda: hard_swap(teacher, student.config.power)}
     if (folder / CALIBRATION).exists():
         variants["calibrated"] = calibrated
     retrained = (folder / "run").exists()
     if retrained or "calibrated" not in variants:
         variants["retrained" if retrained else "converted"] = lambda: student
-    losses = {}
+    with progress_bar("Held-out loss, teacher") as update:
+        held_out = HeldOut(teacher, windows, update)
+    losses = {"teacher": held_out.loss()}
     for name, build in variants.items():
         with progress_bar(f"Held-out loss, {name}") as update:
-            losses[name] = held_out_loss(build(), windows, teacher=teacher, progress=update)
+            losses[name] = held_out.loss(build(), update)
     return losses
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 _ROWS = 512
+
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -36,49 +38,66 @@ class HeldOutLoss:
         return asdict(self)
 
 
+class HeldOut:
+    """Held-out windows and what the teacher makes of them, computed once for every model that is held against it.
+
+    Args:
+        teacher: the Transformer.
+        windows: ``[N, T]`` token ids.
+        progress: called with (windows read by the teacher, windows).
+    """
+
+    def __init__(self, teacher: PreTrainedModel, windows: Tensor, progress: Progress | None = None) -> None:
+        self.windows = windows
+        self._head = teacher.lm_head
+        self._wanted: list[Tensor] = []
+        for done, hidden in enumerate(_hidden_states(teacher, windows), start=1):
+            self._wanted.append(hidden)
+            if progress:
+                progress(done, len(windows))
+
+    @torch.no_grad()
+    def loss(self, model: PreTrainedModel | None = None, progress: Progress | None = None) -> HeldOutLoss:
+        """Loss of a model, or of the teacher itself for None.
+
+        Args:
+            model: what to measure.
+            progress: called with (windows done, windows).
+        """
+        hidden_states = iter(self._wanted) if model is None else _hidden_states(model, self.windows)
+        head = self._head if model is None else model.lm_head
+        pairs = []
+        for done, (hidden, wanted, window) in enumerate(zip(hidden_states, self._wanted, self.windows, strict=True), 1):
+            pairs.append(self._window_loss(hidden, head, wanted, window[1:]))
+            if progress:
+                progress(done, len(self.windows))
+        losses, kls = torch.tensor(pairs, dtype=torch.float64).unbind(-1)
+        error = float(losses.std() / math.sqrt(len(losses))) if len(losses) > 1 else math.nan
+        predicted = len(losses) * (self.windows.shape[1] - 1)
+        return HeldOutLoss(float(losses.mean()), error, float(kls.mean()), predicted)
+
+    def _window_loss(self, hidden: Tensor, head: nn.Module, wanted: Tensor, labels: Tensor) -> tuple[float, float]:
+        """(loss, KL) of one window, a block of rows at a time: no full logits."""
+        loss = kl = 0.0
+        for start in range(0, len(labels), _ROWS):
+            rows = slice(start, start + _ROWS)
+            predicted = head(hidden[rows]).float().log_softmax(-1)
+            loss += float(F.nll_loss(predicted, labels[rows].to(predicted.device), reduction="sum"))
+            target = self._head(wanted[rows]).float().log_softmax(-1)
+            kl += float((target.exp() * (target - predicted)).sum())
+        return loss / len(labels), kl / len(labels)
+
+
+def held_out_loss(model: PreTrainedModel, windows: Tensor, *, teacher: PreTrainedModel | None = None) -> HeldOutLoss:
+    """Loss of one model on windows ``[N, T]``, with its KL from ``teacher`` if one is given."""
+    return HeldOut(model, windows).loss() if teacher is None else HeldOut(teacher, windows).loss(model)
+
+
 @torch.no_grad()
-def held_out_loss(
-    model: PreTrainedModel,
-    windows: Tensor,
-    *,
-    teacher: PreTrainedModel | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> HeldOutLoss:
-    """Mean next-token loss over windows ``[N, T]`` of token ids, and the KL from ``teacher`` if one is given."""
+def _hidden_states(model: PreTrainedModel, windows: Tensor) -> Iterator[Tensor]:
+    """``[T − 1, hidden]`` of each window: the states that predict its tokens."""
     was_training = model.training
     model.eval()
-    losses, kls = [], []
-    for done, window in enumerate(windows, start=1):
-        ids = window[None].to(model.device)
-        hidden = _last_hidden(model, ids)
-        wanted = None if teacher is None else _last_hidden(teacher, ids)
-        loss, kl = _window_loss(model, hidden, teacher, wanted, ids[0, 1:])
-        losses.append(loss)
-        kls.append(kl)
-        if progress:
-            progress(done, len(windows))
+    for window in windows:
+        yield model.model(input_ids=window[None].to(model.device), use_cache=False).last_hidden_state[0, :-1]
     model.train(was_training)
-    values = torch.tensor(losses, dtype=torch.float64)
-    error = float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
-    predicted = len(windows) * (windows.shape[1] - 1)
-    return HeldOutLoss(float(values.mean()), error, sum(kls) / len(kls), predicted)
-
-
-def _last_hidden(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    hidden: Tensor = model.model(input_ids=ids, use_cache=False).last_hidden_state[0, :-1]
-    return hidden
-
-
-def _window_loss(
-    model: PreTrainedModel, hidden: Tensor, teacher: PreTrainedModel | None, wanted: Tensor | None, labels: Tensor
-) -> tuple[float, float]:
-    """(loss, KL) of one window, a block of rows at a time: no full logits."""
-    loss = kl = 0.0
-    for start in range(0, len(labels), _ROWS):
-        rows = slice(start, start + _ROWS)
-        predicted = model.lm_head(hidden[rows]).float().log_softmax(-1)
-        loss += float(F.nll_loss(predicted, labels[rows], reduction="sum"))
-        if teacher is not None and wanted is not None:
-            target = teacher.lm_head(wanted[rows]).float().log_softmax(-1)
-            kl += float((target.exp() * (target - predicted)).sum())
-    return loss / len(labels), kl / len(labels)

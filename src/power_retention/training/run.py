@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -15,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from power_retention.errors import CheckpointError, PowerRetentionError
+from power_retention.errors import CheckpointError, PowerRetentionError, RunInterrupted
 from power_retention.files import clear_write_errors, write_json
 from power_retention.training.checkpoint import load_latest, save_checkpoint
 from power_retention.training.recipe import Recipe
@@ -23,10 +24,6 @@ from power_retention.training.retraining import Metrics, Retraining
 
 MOST_SKIPPED = 5
 """Steps in a row without a finite loss after which a run gives up."""
-
-
-class RunInterrupted(PowerRetentionError):
-    """The run was asked to stop; its state is saved."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +133,10 @@ def execute(
             done = step + 1
             now = time.monotonic()
             rate = (done - first) * recipe.tokens_per_step / (now - started)
-            record = {"step": done, "tokens": done * recipe.tokens_per_step, "stage": recipe.stage(step), **metrics}
+            finite = {
+                name: value if math.isfinite(value) else None for name, value in metrics.items()
+            }  # NaN is no JSON
+            record = {"step": done, "tokens": done * recipe.tokens_per_step, "stage": recipe.stage(step), **finite}
             out.write(json.dumps({**record, "tokens_per_second": round(rate, 1)}) + "\n")
             out.flush()
             if watch:

@@ -17,7 +17,7 @@ from torch import Tensor
 from power_retention import ops
 from power_retention.errors import ArgumentError
 from power_retention.ops import PowerState, expand, from_blocks16, multiplicity, to_blocks16
-from power_retention.ops.chunk import NOISE
+from power_retention.ops.chunk import state_noise
 from power_retention.ops.heads import (
     compute_dtype,
     cumulative_gates,
@@ -28,7 +28,7 @@ from power_retention.ops.heads import (
     to_heads,
     values_and_ones,
 )
-from power_retention.ops.layout import blocks16_width, check_power, norm_functional
+from power_retention.ops.layout import blocks16_width, check_power
 from power_retention.ops.operator import check_heads
 
 
@@ -248,6 +248,5 @@ def _read_state(queries: Tensor, state: PowerState) -> tuple[Tensor, Tensor]:
     """φ(q)·[S, s] ``[N, rows, e + 1]`` and the rounding error of its denominator ``[N, rows]``."""
     d, p = state.head_width, state.p
     table = torch.cat((state.memory, state.normalizer.unsqueeze(-1)), -1).flatten(0, 1)
-    bound = (state.normalizer.flatten(0, 1) @ norm_functional(d, p, queries)).clamp(min=0).unsqueeze(-1)
-    noise = NOISE * torch.finfo(queries.dtype).eps * bound * integer_power(torch.linalg.vector_norm(queries, dim=-1), p)
+    noise = state_noise(queries, state.normalizer.flatten(0, 1), p)
     return (expand(queries, p) * multiplicity(d, p, queries)) @ table, noise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -68,9 +69,10 @@ class Here:
         """The one sentence that a command is refused with."""
         result = self(*arguments)
         assert (result.code, result.out) == (1, "")
-        assert result.err.startswith("error: ")
-        assert result.err.count("\n") == 1, result.err
-        return result.err.removeprefix("error: ").rstrip("\n")
+        *progress, sentence = result.err.splitlines()
+        assert sentence.startswith("error: "), result.err
+        assert not [line for line in progress if not re.fullmatch(r"[^:]+: \d+/\d+.*", line)], result.err
+        return sentence.removeprefix("error: ")
 
 
 @pytest.fixture

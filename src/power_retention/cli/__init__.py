@@ -7,6 +7,7 @@ import sys
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
 from power_retention.cli import convert, env, evaluate, generate, retrain
 from power_retention.cli.display import status
@@ -52,8 +53,9 @@ def main() -> None:
     try:
         app()
     except RunInterrupted as stopped:
-        status.print(f"[bold]{stopped}[/] Run the same command with --resume to continue.", highlight=False)
+        message = Text.assemble((str(stopped), "bold"), " Run the same command with --resume to continue.")
+        status.print(message, soft_wrap=True)
         sys.exit(75)
     except PowerRetentionError as error:
-        status.print(f"[bold red]error:[/] {error}", highlight=False, markup=True)
+        status.print(Text.assemble(("error: ", "bold red"), " ".join(str(error).split())), soft_wrap=True)
         sys.exit(1)

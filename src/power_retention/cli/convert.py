@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 
 from power_retention.cli.display import print_json, progress_bar, results, status, table
 from power_retention.cli.options import Json, Seed, Text, TextField, quiet_libraries
@@ -50,13 +51,13 @@ def convert(
 
     check_power(power)
     check_new_folder(out)
-    with status.status(f"Opening {source}"):
+    with status.status(f"Opening {escape(source)}"):
         opened = open_source(source)
         tokens = _windows(text, text_field, opened.tokenizer, windows) if calibrate else None
     with progress_bar("Calibrating, layer by layer") as update:
         conversion = run(opened, tokens, p=power, seed=seed, progress=update)
     conversion.source["location"] = str(Path(source).resolve()) if Path(source).exists() else source
-    with status.status(f"Writing {out}"):
+    with status.status(f"Writing {escape(str(out))}"):
         save_conversion(conversion, out)
     print_json({"out": str(out), **conversion.report()}) if json else _show(conversion, out)
 
@@ -87,8 +88,9 @@ def _show(conversion: Conversion, out: Path) -> None:
     if rows:
         columns = ("layer", "key-bias fit", "gate half-lives, tokens", "output scales", "error before", "after")
         table("Attention output against the teacher's, relative", columns, rows)
+    folder = escape(str(out))
     results.print(
-        f"[bold]{out}[/] holds a power-retention model (p = {conversion.student.config.power}) with the weights of "
-        f"{conversion.source['name']}. Retrain it next:\n  power-retention retrain {out} {out}-retrained --text …",
+        f"[bold]{folder}[/] holds a power-retention model (p = {conversion.student.config.power}) with the weights of "
+        f"{escape(conversion.source['name'])}. Retrain it next:\n  power-retention retrain {folder} {folder}-retrained --text …",
         highlight=False,
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from power_retention.cli.display import print_json, progress_bar, results, status, table
 from power_retention.cli.options import (
@@ -211,7 +212,7 @@ def _show(
     ]
     table("Held-out loss, nats a token", ("model", "loss", "KL from the teacher", "recovered"), rows)
     for name, sample in samples.items():
-        results.print(f"\n[bold]{name}[/]  [dim]{prompt}[/]{sample}", highlight=False)
+        results.print(f"\n[bold]{name}[/]  [dim]{escape(prompt)}[/]{escape(sample)}", highlight=False)
     if decode:
         costs = [
             (
@@ -227,4 +228,4 @@ def _show(
         columns = ("context, tokens", "teacher tokens/s", "student tokens/s", "faster", "teacher GB", "student GB")
         results.print()
         table("Decoding and resident memory (contexts simulated)", columns, costs)
-    results.print(f"\nReport in [bold]{out}[/]: evaluation.json{', decode.png' if decode else ''}", highlight=False)
+    results.print(f"\nReport in [bold]{escape(str(out))}[/]: evaluation.json{', decode.png' if decode else ''}", highlight=False)

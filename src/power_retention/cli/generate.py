@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from power_retention.cli.display import print_json, status
 from power_retention.cli.options import Json, Seed, open_student, quiet_libraries
@@ -39,7 +40,7 @@ def generate(
     quiet_libraries()
     from power_retention.serving.generate import Sampling, generate_text, open_tokenizer
 
-    with status.status(f"Opening {model}"):
+    with status.status(f"Opening {escape(str(model))}"):
         student, tokenizer = open_student(model).eval(), open_tokenizer(model)
     prompt = sys.stdin.read() if prompt == "-" else prompt
     sampling = Sampling(max_new_tokens, temperature, top_p, repetition_penalty, seed)

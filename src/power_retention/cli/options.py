@@ -45,16 +45,21 @@ def open_noted_teacher(model_folder: Path, teacher: str | None) -> Source:
     from power_retention.errors import SourceError
 
     noted: dict[str, str] = {}
-    if (model_folder / REPORT).exists():
-        noted = json.loads((model_folder / REPORT).read_text(encoding="utf-8"))["source"]
+    parent: str | None = None
+    if (report := model_folder / REPORT).exists():
+        try:
+            noted = json.loads(report.read_text(encoding="utf-8"))["source"]
+            parent = noted["fingerprint"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise SourceError(f"{report} is damaged ({type(error).__name__}: {error}); convert the model again.") from error
     teacher = teacher or noted.get("location")
     if teacher is None:
         raise SourceError(f"{model_folder} does not say which Transformer it came from; name it with --teacher.")
     source = open_source(teacher)
-    if noted and source.fingerprint != noted["fingerprint"]:
+    if parent is not None and source.fingerprint != parent:
         raise SourceError(
             f"{teacher} is not the Transformer that {model_folder} was converted from: its weights have the fingerprint "
-            f"{source.fingerprint}, the parent's is {noted['fingerprint']}."
+            f"{source.fingerprint}, the parent's is {parent}."
         )
     return source
 

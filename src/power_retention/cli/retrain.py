@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from power_retention.cli.display import print_json, progress_bar, results, status
 from power_retention.cli.options import (
@@ -91,9 +92,10 @@ def retrain(
                 tokens = _tokenize(documents, source, recipe, _PROBE_TOKENS)
                 seconds = Retraining(student, source.model, tokens, recipe).seconds_per_step()
             recipe = Recipe(**{**recipe.to_dict(), "steps": steps_within(minutes, seconds, align_share)})
-        folder.begin(recipe, _inputs(model, source, text))
     with status.status("Tokenizing"):
         tokens = _tokenize(documents, source, recipe, recipe.steps * recipe.batch * (recipe.length + 1))
+    if not folder.exists:
+        folder.begin(recipe, _inputs(model, source, text))
     retraining = Retraining(student, source.model, tokens, recipe)
     with progress_bar(f"Retraining, {recipe.precision}") as update:
         execute(
@@ -102,7 +104,7 @@ def retrain(
             watch=lambda progress: update(progress.step, progress.steps, _note(progress)),
             checkpoint_seconds=60 * checkpoint_minutes,
         )
-    with status.status(f"Writing {out}"):
+    with status.status(f"Writing {escape(str(out))}"):
         _save(student, source, model, out)
         remove_checkpoints(folder)
     tokens_read = recipe.steps * recipe.tokens_per_step
@@ -110,8 +112,8 @@ def retrain(
         print_json({"out": str(out), "tokens": tokens_read, "recipe": recipe.to_dict()})
     else:
         results.print(
-            f"[bold]{out}[/] holds the retrained model ({recipe.steps} steps, {tokens_read:,} tokens). See what it "
-            f"recovered:\n  power-retention evaluate {out} --text …",
+            f"[bold]{escape(str(out))}[/] holds the retrained model ({recipe.steps} steps, {tokens_read:,} tokens). See what it "
+            f"recovered:\n  power-retention evaluate {escape(str(out))} --text …",
             highlight=False,
         )
 
@@ -165,9 +167,11 @@ def _training_documents(text: list[Path], field: str, seed: int) -> list[str]:
 
 
 def _tokenize(documents: list[str], source: Source, recipe: Recipe, wanted: int) -> Tokens:
-    from power_retention.training.text import tokenize
+    from power_retention.training.text import sample_batch, tokenize
 
-    return tokenize(documents, source.tokenizer, max_tokens=max(wanted, recipe.batch * (recipe.length + 1)))
+    tokens = tokenize(documents, source.tokenizer, max_tokens=max(wanted, recipe.batch * (recipe.length + 1)))
+    sample_batch(tokens, batch=1, length=recipe.length + 1, seed=0, step=0)  # refuses a text shorter than a window
+    return tokens
 
 
 def _note(progress: Progress) -> str:

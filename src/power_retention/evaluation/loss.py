@@ -23,7 +23,7 @@ class HeldOutLoss:
 
     Attributes:
         loss: next-token loss, nats a token.
-        loss_error: standard error of its mean over windows.
+        loss_error: standard error of its mean over windows; not a number with a single window.
         kl: KL(teacher ‖ model), nats a token; 0 for the teacher itself.
         tokens: tokens predicted.
     """
@@ -35,7 +35,7 @@ class HeldOutLoss:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return asdict(self)
+        return {name: None if math.isnan(value) else value for name, value in asdict(self).items()}
 
 
 class HeldOut:

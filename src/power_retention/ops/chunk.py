@@ -33,8 +33,8 @@ from power_retention.ops.layout import expand, expand_backward, multiplicity, no
 _EMBEDDED_ELEMENTS = 1 << 21
 """Entries of φ formed at a time: enough rows for a matmul, few enough to stay in cache."""
 
-NOISE = 2.0
-"""Rounding error of a denominator read from a state, in units of eps·|q|^p·Σ decay·|k|^p."""
+_NOISE = 2.0
+"""Rounding error of a denominator read from a state, in units of ε·|q|^p·Σ decay·|k|^p."""
 
 
 def chunk_forward(
@@ -189,17 +189,23 @@ def _output(chunk: _Chunk, weights: Tensor, state: Tensor | None, p: int) -> tup
     out = weights.flatten(1, 2) @ chunk.v1
     if state is None:
         return out, None
-    decay, read = chunk.decay_from_start(), _read(chunk.q, _weighted(state, chunk.k.shape[-1], p), p)
-    return out + (read if decay is None else decay * read), _noise(chunk, state, p)
-
-
-def _noise(chunk: _Chunk, state: Tensor, p: int) -> Tensor:
-    """``[N, r·c]``: how large a rounding error the state may have put into each denominator."""
-    bound = state[..., -1] @ norm_functional(chunk.k.shape[-1], p, state)  # [N]
-    unit = NOISE * torch.finfo(state.dtype).eps * bound.clamp(min=0)[:, None, None]
-    noise = unit * integer_power(torch.linalg.vector_norm(chunk.q, dim=-1, keepdim=True), p)
+    read, noise = _read(chunk.q, _weighted(state, chunk.k.shape[-1], p), p), state_noise(chunk.q, state[..., -1], p)
     decay = chunk.decay_from_start()
-    return (noise if decay is None else noise * decay).squeeze(-1)
+    return (out + read, noise) if decay is None else (out + decay * read, noise * decay.squeeze(-1))
+
+
+def state_noise(q: Tensor, normalizer: Tensor, p: int) -> Tensor:
+    """How large a rounding error reading a state may leave in a denominator.
+
+    Args:
+        q: queries ``[N, rows, d]``.
+        normalizer: ``[N, D]`` of the state.
+
+    Returns:
+        ``[N, rows]``: a few ε·|q|^p·Σ decay·|k|^p, the sum read off the normaliser.
+    """
+    bound = (normalizer @ norm_functional(q.shape[-1], p, normalizer)).clamp(min=0).unsqueeze(-1)
+    return _NOISE * torch.finfo(q.dtype).eps * bound * integer_power(torch.linalg.vector_norm(q, dim=-1), p)
 
 
 def _weighted(state: Tensor, head_width: int, p: int) -> Tensor:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from power_retention.ops.chunk import NOISE
+from power_retention.ops.chunk import state_noise
 from power_retention.ops.heads import FORGET, compute_dtype, integer_power, ratio, scaled_queries
-from power_retention.ops.layout import check_power, expand, multiplicity, norm_functional
+from power_retention.ops.layout import check_power, expand, multiplicity
 from power_retention.ops.operator import check_heads
 from power_retention.ops.state import PowerState, check_state
 
@@ -49,9 +49,7 @@ def power_retention_step(
     phi = expand(queries, p) * multiplicity(d, p, queries)
     read = phi @ memory.to(dtype)
     total = (phi @ normalizer.to(dtype).unsqueeze(-1)).squeeze(-1)
-    bound = normalizer.to(dtype) @ norm_functional(d, p, keys)
-    noise = integer_power(torch.linalg.vector_norm(queries, dim=-1), p) * bound.clamp(min=0)[:, None]
-    noise = NOISE * torch.finfo(dtype).eps * noise
+    noise = state_noise(queries, normalizer.to(dtype), p)
     if gate is not None:
         read, total, noise = read * gate.unsqueeze(-1), total * gate, noise * gate
     weight = integer_power((queries @ keys.unsqueeze(-1)).squeeze(-1), p)  # the token itself, undiscounted

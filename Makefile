@@ -1,6 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
 CACHE := .cache
 TEXT := $(CACHE)/wikipedia.jsonl
 MODEL := $(CACHE)/SmolLM2-135M-Instruct.Q4_1.gguf
@@ -18,22 +19,22 @@ demo: demo/retrained/config.json
 demo/retrained/config.json: demo/converted/config.json
 	$(BIN)/power-retention retrain demo/converted demo/retrained --text $(TEXT) --minutes $(MINUTES) --resume
 
-demo/converted/config.json: $(VENV)/.installed
+demo/converted/config.json: $(VENV)/.demo
 	$(BIN)/python scripts/fetch_demo_assets.py --cache $(CACHE)
 	$(BIN)/power-retention convert $(MODEL) demo/converted --text $(TEXT)
 
 ## test: every test, on real small models
-test: $(VENV)/.installed
+test: $(VENV)/.dev
 	$(BIN)/python -m pytest
 
 ## lint: style and types
-lint: $(VENV)/.installed
+lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 ## format: let ruff rewrite what it can
-format: $(VENV)/.installed
+format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -42,9 +43,14 @@ bench: demo/retrained/config.json
 	$(BIN)/python -c "from power_retention.conversion.source import open_source as o; s = o('$(MODEL)'); s.model.save_pretrained('demo/teacher'); s.tokenizer.save_pretrained('demo/teacher')"
 	$(BIN)/python benchmarks/cpu.py demo/teacher demo/retrained
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(INSTALL) ".[gguf]"
+	touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) ".[dev]"
 	touch $@
 
 clean:

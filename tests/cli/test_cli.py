@@ -218,6 +218,16 @@ class TestTheWholePath:
         json.loads((tmp_path / "evaluation.json").read_text(), parse_constant=pytest.fail)
         assert os.listdir(tmp_path) == ["evaluation.json"]
 
+    def test_minutes_decide_how_many_steps(
+        self, path: WholePath, stories_text: Path, tmp_path: Path, here: Here
+    ) -> None:
+        """Two steps is the least; the precision chosen is written down."""
+        options = ("--minutes", "0.0001", "--batch", "1", "--length", "32", "--json")
+        result = here("retrain", path.converted, tmp_path / "out", "--text", stories_text, *options)
+        assert result.code == 0, result.err
+        assert (result.json["recipe"]["steps"], result.json["tokens"]) == (2, 64)
+        assert result.json["recipe"]["precision"] in ("float32", "bfloat16")
+
     def test_a_run_that_is_done_or_begun_is_not_overwritten(
         self, path: WholePath, stories_text: Path, tmp_path: Path, here: Here
     ) -> None:

@@ -91,6 +91,7 @@ def _show(conversion: Conversion, out: Path) -> None:
     folder = escape(str(out))
     results.print(
         f"[bold]{folder}[/] holds a power-retention model (p = {conversion.student.config.power}) with the weights of "
-        f"{escape(conversion.source['name'])}. Retrain it next:\n  power-retention retrain {folder} {folder}-retrained --text …",
+        f"{escape(conversion.source['name'])}. Retrain it next:\n"
+        f"  power-retention retrain {folder} {folder}-retrained --text …",
         highlight=False,
     )

@@ -228,4 +228,6 @@ def _show(
         columns = ("context, tokens", "teacher tokens/s", "student tokens/s", "faster", "teacher GB", "student GB")
         results.print()
         table("Decoding and resident memory (contexts simulated)", columns, costs)
-    results.print(f"\nReport in [bold]{escape(str(out))}[/]: evaluation.json{', decode.png' if decode else ''}", highlight=False)
+    results.print(
+        f"\nReport in [bold]{escape(str(out))}[/]: evaluation.json{', decode.png' if decode else ''}", highlight=False
+    )

@@ -51,7 +51,9 @@ def open_noted_teacher(model_folder: Path, teacher: str | None) -> Source:
             noted = json.loads(report.read_text(encoding="utf-8"))["source"]
             parent = noted["fingerprint"]
         except (ValueError, KeyError, TypeError) as error:
-            raise SourceError(f"{report} is damaged ({type(error).__name__}: {error}); convert the model again.") from error
+            raise SourceError(
+                f"{report} is damaged ({type(error).__name__}: {error}); convert the model again."
+            ) from error
     teacher = teacher or noted.get("location")
     if teacher is None:
         raise SourceError(f"{model_folder} does not say which Transformer it came from; name it with --teacher.")

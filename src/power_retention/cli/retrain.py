@@ -111,9 +111,10 @@ def retrain(
     if json:
         print_json({"out": str(out), "tokens": tokens_read, "recipe": recipe.to_dict()})
     else:
+        folder_name = escape(str(out))
         results.print(
-            f"[bold]{escape(str(out))}[/] holds the retrained model ({recipe.steps} steps, {tokens_read:,} tokens). See what it "
-            f"recovered:\n  power-retention evaluate {escape(str(out))} --text …",
+            f"[bold]{folder_name}[/] holds the retrained model ({recipe.steps} steps, {tokens_read:,} tokens). See what it "
+            f"recovered:\n  power-retention evaluate {folder_name} --text …",
             highlight=False,
         )
 

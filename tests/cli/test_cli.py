@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -256,6 +256,21 @@ class TestTheWholePath:
         message = here.refusal("retrain", path.converted, tmp_path, "--text", stories_text, "--resume")
         assert message.startswith(f"The checkpoint {checkpoint} is damaged")
         assert f"Delete {checkpoint}" in message
+
+
+def test_a_disk_too_full_for_the_result(
+    path: WholePath, stories_text: Path, disk_of: Callable[[int], Path], here: Here
+) -> None:
+    """The run is told so in one sentence, no half model is left, and with more room it can be finished."""
+    disk = disk_of(800)
+    arguments = ("retrain", path.converted, disk / "out", "--text", stories_text, "--steps", "2", "--batch", "1")
+    message = here.refusal(*arguments)
+    assert message.startswith(f"Could not write {disk / 'out'}")
+    assert "ree some space" in message
+    assert os.listdir(disk / "out") == ["run"]
+    subprocess.run(["mount", "-o", "remount,size=8m", disk], check=True)
+    assert here(*arguments, "--resume").code == 0
+    assert (disk / "out" / "config.json").exists()
 
 
 def without_speed(metrics: str) -> list[dict[str, Any]]:

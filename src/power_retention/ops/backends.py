@@ -58,6 +58,11 @@ class Backend(Protocol):
 
     name: str
 
+    @property
+    def devices(self) -> tuple[str, ...] | None:
+        """Device types it serves, None for all; tensors elsewhere pass it by without a word."""
+        ...
+
     def refusal(self, call: Call) -> str | None:
         """Why this backend cannot run the call, or None if it can."""
         ...
@@ -95,6 +100,8 @@ def choose_backend(call: Call) -> Backend:
         raise BackendError(f"POWER_RETENTION_BACKEND={wanted!r} names no backend; there are: {', '.join(backend_names())}.")
     refusals = []
     for backend in candidates:
+        if not wanted and backend.devices is not None and call.q.device.type not in backend.devices:
+            continue
         reason = backend.refusal(call)
         if reason is None:
             _report_fallback(tuple(refusals), backend.name)
@@ -121,6 +128,7 @@ class TorchBackend:
     """Plain PyTorch: every device, every dtype, every shape."""
 
     name = "torch"
+    devices = None
 
     def refusal(self, call: Call) -> str | None:
         return None

@@ -1,0 +1,319 @@
+"""Gradients, with nothing kept from the forward pass but its inputs.
+
+With y = N/Z (numerator over denominator, the noise level counting as a constant) the gradients of N and Z are dN = dy·inv and
+dZ = (dy·N)·inv'.  N is homogeneous of degree p in the query, so dy·N = q·∂(dy·N)/∂q / p: the query kernel finds it from the very
+gradient that it computes, and the output is needed nowhere.  Homogeneity gives the gates too: the gradient of the
+cumulative log gate is (q·dq − k·dk) / p per token.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from power_retention.ops.triton.common import (
+    integer_power,
+    power_of_two_scale,
+    read_normalizer,
+    regular_inverse,
+    split_dot,
+    trace,
+)
+from power_retention.ops.triton.forward import read_state
+
+
+@triton.jit
+def contract_state(
+    u, tile, rows, valid, head, all_heads, xt, column, columns, state, acc, count,
+    D: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BE: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """acc + the gradient of u·(φ(x)·state) with respect to x: 2 Σ_b x_b (u·S_ab), over every rotation of x.
+
+    ``tile`` is u's tile [BM, E] where it is taken whole (BE = E).
+    """
+    a = tl.arange(0, D)
+    for o in range(count):
+        folded = o > D // 2
+        row = tl.where(folded, (D - o) * D + (a + o) % D, o * D + a)
+        product = tl.zeros([BM, D], tl.float32)
+        for block in tl.static_range(E // BE):
+            col = block * BE + tl.arange(0, BE)
+            if BE == E:
+                left = tile
+            else:
+                left = tl.load(u + (rows * all_heads + head)[:, None] * E + col[None, :], mask=valid[:, None], other=0.0)
+                left = left.to(CT)
+            s = tl.load(state + (row * E)[None, :] + col[:, None])
+            product = tl.dot(left, s, product, input_precision=PREC)
+        rotated = xt + (head * D + (a + o) % D)[:, None] * columns + (column + tl.arange(0, BM))[None, :]
+        right = tl.trans(tl.load(rotated)).to(tl.float32)
+        # Stored rows 0 < o < D/2 carry their factor of two already.
+        acc += product * (right * tl.where((o == 0) | (o == D // 2), 2.0, 1.0))
+    return acc
+
+
+@triton.jit
+def contract_moment(
+    x, rows, valid, head, all_heads, scale, moment, D: tl.constexpr, BM: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr
+):
+    """2 x M, the gradient of x M xᵀ: [BM, D]."""
+    WIDE: tl.constexpr = min(D, 64)
+    full = tl.arange(0, D)
+    acc = tl.zeros([BM, D], tl.float32)
+    for block in tl.static_range(D // WIDE):
+        a = block * WIDE + tl.arange(0, WIDE)
+        left = tl.load(x + (rows * all_heads + head)[:, None] * D + a[None, :], mask=valid[:, None], other=0.0)
+        left = (left.to(tl.float32) * scale[:, None]).to(CT)
+        acc = split_dot(left, tl.load(moment + a[:, None] * D + full[None, :]), acc, CT, PREC)
+    return acc * 2
+
+
+@triton.jit
+def query_grad_kernel(
+    q, qt, k, v, dy, gates, table, states, moments, dq, dn, dn_decayed, dz, peaks, flow,
+    columns, pad, tokens, heads, groups, tiles,
+    HAS_GATES: tl.constexpr, HAS_STATE: tl.constexpr, HAS_INITIAL: tl.constexpr, P: tl.constexpr, NOISE: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr,
+    CT: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """dq of BM queries of one head, and what the other kernels need of them.
+
+    dn [tokens, heads·groups, E]: gradient of the numerators, dn_decayed the same times exp(G_i); dz [heads·groups, tokens]:
+    gradient of the denominators; peaks, same shape: the largest base of each row (p > 2); flow, same shape: q·dq.
+    """
+    program = tl.program_id(0)
+    inner = program % (groups * tiles)
+    outer = program // (groups * tiles)
+    head = (outer % heads).to(tl.int64)
+    slot = (outer // heads).to(tl.int64)
+    tile = inner // groups
+    query_head = head * groups + inner % groups
+    query_heads = heads * groups
+    start = tl.load(table + slot * 4).to(tl.int64)
+    end = tl.load(table + slot * 4 + 1).to(tl.int64)
+    at_start = tl.load(table + slot * 4 + 2)
+    first = start + tile * BM
+    if first >= end:
+        return
+    i = first + tl.arange(0, BM)
+    valid = i < end
+    d = tl.arange(0, D)
+    e = tl.arange(0, E)
+    own = (i * query_heads + query_head)[:, None]
+    raw = tl.load(q + own * D + d[None, :], mask=valid[:, None], other=0.0)
+    scale = power_of_two_scale(raw)
+    queries = (raw.to(tl.float32) * scale[:, None]).to(CT)
+    dout = tl.load(dy + own * E + e[None, :], mask=valid[:, None], other=0.0).to(CT)
+
+    num = tl.zeros([BM, D], tl.float32)
+    slope_sum = tl.zeros([BM, D], tl.float32)
+    den = tl.zeros([BM], tl.float32)
+    noise = tl.zeros([BM], tl.float32)
+    peak = tl.zeros([BM], tl.float32)
+    if HAS_GATES:
+        gate_i = tl.load(gates + head * tokens + i, mask=valid, other=0.0)
+    if HAS_STATE:
+        here = slot * heads + head
+        count = D
+        if not HAS_INITIAL:
+            count = tl.where(at_start != 0, 0, D)
+        num = contract_state(
+            dy, dout, i, valid, query_head, query_heads, qt, slot * pad + tile * BM, columns,
+            states + here * (D * (D // 2 + 1) * E), num, count, D, E, BM, BE, CT, PREC,
+        )  # fmt: skip
+        moment = moments + here * (D * D)
+        den = read_normalizer(q, i, valid, query_head, query_heads, scale, moment, D, BM, CT, PREC)
+        slope_sum = contract_moment(q, i, valid, query_head, query_heads, scale, moment, D, BM, CT, PREC)
+        wide = queries.to(tl.float32)
+        noise = NOISE * trace(moment, D) * tl.sum(wide * wide, 1)
+        if HAS_GATES:
+            decay = tl.exp(gate_i.to(tl.float32))
+            num *= decay[:, None]
+            slope_sum *= decay[:, None]
+            den *= decay
+            noise *= decay
+
+    keys = k + head * D
+    values = v + head * E
+    last = tl.minimum(first + BM, end)
+    if P > 2:
+        for n in range(start, last, BN):
+            j = n + tl.arange(0, BN)
+            kt = tl.load(keys + (j * heads * D)[None, :] + d[:, None], mask=(j < end)[None, :], other=0.0).to(CT)
+            base = tl.dot(queries, kt, input_precision=PREC)
+            if HAS_GATES:
+                gate_j = tl.load(gates + head * tokens + j, mask=j < end, other=0.0)
+                base *= tl.exp(tl.minimum((gate_i[:, None] - gate_j[None, :]).to(tl.float32), 0.0) / P)
+            base = tl.where((i[:, None] >= j[None, :]) & (j < end)[None, :], base, 0.0)
+            peak = tl.maximum(peak, tl.max(tl.abs(base), 1))
+        tl.store(peaks + query_head * tokens + i, peak, mask=valid)
+    shrink = 1.0 / tl.where(peak == 0, 1.0, peak)
+    for n in range(start, first, BN):
+        j = n + tl.arange(0, BN)
+        kt = tl.load(keys + (j * heads * D)[None, :] + d[:, None]).to(CT)
+        vt = tl.load(values + (j * heads * E)[None, :] + e[:, None]).to(CT)
+        base = tl.dot(queries, kt, input_precision=PREC)
+        dw = tl.dot(dout, vt, input_precision=PREC)
+        root_i = shrink
+        if HAS_GATES:
+            edge = tl.load(gates + head * tokens + n + BN - 1)
+            gate_j = tl.load(gates + head * tokens + j)
+            root_i *= tl.exp(((gate_i - edge) / P).to(tl.float32))
+            root = root_i[:, None] * tl.exp(((edge - gate_j) / P).to(tl.float32))[None, :]
+        else:
+            root = root_i[:, None]
+        base *= root
+        slope = integer_power(base, P - 1) * root
+        den += tl.sum(integer_power(base, P), 1)
+        num = tl.dot((dw * slope * P).to(CT), tl.trans(kt), num, input_precision=PREC)
+        slope_sum = tl.dot((slope * P).to(CT), tl.trans(kt), slope_sum, input_precision=PREC)
+    for n in range(first, last, BN):
+        j = n + tl.arange(0, BN)
+        kt = tl.load(keys + (j * heads * D)[None, :] + d[:, None], mask=(j < end)[None, :], other=0.0).to(CT)
+        vt = tl.load(values + (j * heads * E)[None, :] + e[:, None], mask=(j < end)[None, :], other=0.0).to(CT)
+        base = tl.dot(queries, kt, input_precision=PREC)
+        dw = tl.dot(dout, vt, input_precision=PREC)
+        root = tl.where((i[:, None] >= j[None, :]) & (j < end)[None, :], shrink[:, None], 0.0)
+        if HAS_GATES:
+            gate_j = tl.load(gates + head * tokens + j, mask=j < end, other=0.0)
+            edge = tl.load(gates + head * tokens + first)
+            near = (gate_i - edge).to(tl.float32)[:, None] - (gate_j - edge).to(tl.float32)[None, :]
+            root *= tl.exp(tl.minimum(near, 0.0) / P)
+        base *= root
+        slope = integer_power(base, P - 1) * root
+        den += tl.sum(integer_power(base, P), 1)
+        num = tl.dot((dw * slope * P).to(CT), tl.trans(kt), num, input_precision=PREC)
+        slope_sum = tl.dot((slope * P).to(CT), tl.trans(kt), slope_sum, input_precision=PREC)
+
+    inverse, d_inverse = regular_inverse(den, noise)
+    wide = queries.to(tl.float32)
+    d_den = tl.sum(num * wide, 1) / P * d_inverse
+    grad = num * inverse[:, None] + slope_sum * d_den[:, None]
+    tl.store(dq + own * D + d[None, :], (grad * scale[:, None]).to(dq.dtype.element_ty), mask=valid[:, None])
+    tl.store(dz + query_head * tokens + i, d_den, mask=valid)
+    tl.store(flow + query_head * tokens + i, tl.sum(grad * wide, 1), mask=valid)
+    dn_tile = dout.to(tl.float32) * inverse[:, None]
+    tl.store(dn + own * E + e[None, :], dn_tile.to(dn.dtype.element_ty), mask=valid[:, None])
+    if HAS_GATES and HAS_STATE:
+        decayed = dn_tile * tl.exp(gate_i.to(tl.float32))[:, None]
+        tl.store(dn_decayed + own * E + e[None, :], decayed.to(dn.dtype.element_ty), mask=valid[:, None])
+
+
+@triton.jit
+def key_grad_kernel(
+    q, k, kt, v, dn, dz, peaks, gates, table, states, moments, grad, flow, columns, pad, tokens, heads, groups, tiles,
+    VALUES: tl.constexpr, HAS_GATES: tl.constexpr, HAS_STATE: tl.constexpr, HAS_FINAL: tl.constexpr, P: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr,
+    CT: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """dv (VALUES) or dk of BM tokens of one key/value head; ``states`` are the gradients of what leaves each slot.
+
+    q [tokens, heads·groups, D] is scaled already; flow [heads, tokens] receives k·dk.
+    """
+    program = tl.program_id(0)
+    tile = program % tiles
+    outer = program // tiles
+    head = (outer % heads).to(tl.int64)
+    slot = (outer // heads).to(tl.int64)
+    start = tl.load(table + slot * 4).to(tl.int64)
+    end = tl.load(table + slot * 4 + 1).to(tl.int64)
+    at_end = tl.load(table + slot * 4 + 3)
+    first = start + tile * BM
+    if first >= end:
+        return
+    WIDTH: tl.constexpr = E if VALUES else D
+    j = first + tl.arange(0, BM)
+    valid = j < end
+    d = tl.arange(0, D)
+    e = tl.arange(0, E)
+    key = tl.load(k + (j * heads + head)[:, None] * D + d[None, :], mask=valid[:, None], other=0.0).to(CT)
+    if not VALUES:
+        value = tl.load(v + (j * heads + head)[:, None] * E + e[None, :], mask=valid[:, None], other=0.0).to(CT)
+    acc = tl.zeros([BM, WIDTH], tl.float32)
+    last = tl.minimum(first + BM, end)
+    if HAS_GATES:
+        gate_j = tl.load(gates + head * tokens + j, mask=valid, other=0.0)
+        edge = tl.load(gates + head * tokens + last - 1)
+        gate_end = tl.load(gates + head * tokens + end - 1)
+        root_j = tl.exp((tl.minimum(edge - gate_j, 0.0) / P).to(tl.float32))
+    if HAS_STATE:
+        here = slot * heads + head
+        state = states + here * (D * (D // 2 + 1) * E)
+        count = D // 2 + 1 if VALUES else D
+        if not HAS_FINAL:
+            count = tl.where(at_end != 0, 0, count)
+        column = slot * pad + tile * BM
+        ones = tl.full([BM], 1.0, tl.float32)
+        if VALUES:
+            acc = read_state(
+                k, key, j, valid, head, heads, ones, kt, column, columns, state, acc, e, count, D, E, BM, BK, CT, PREC
+            )
+        else:
+            acc = contract_state(
+                v, value, j, valid, head, heads, kt, column, columns, state, acc, count, D, E, BM, BE, CT, PREC
+            )
+            acc += contract_moment(k, j, valid, head, heads, ones, moments + here * (D * D), D, BM, CT, PREC)
+        if HAS_GATES:
+            acc *= tl.exp((gate_end - gate_j).to(tl.float32))[:, None]
+
+    for group in range(groups):
+        row = head * groups + group
+        for n in range(first, end, BN):
+            i = n + tl.arange(0, BN)
+            inside = i < end
+            address = (i * (heads * groups) + row)[:, None]
+            query = tl.load(q + address * D + d[None, :], mask=inside[:, None], other=0.0).to(CT)
+            d_num = tl.load(dn + address * E + e[None, :], mask=inside[:, None], other=0.0).to(CT)
+            base = tl.dot(key, tl.trans(query), input_precision=PREC)
+            root = tl.where((j[:, None] <= i[None, :]) & inside[None, :], 1.0, 0.0)
+            if HAS_GATES:
+                gate_i = tl.load(gates + head * tokens + i, mask=inside, other=0.0)
+                if n < last:
+                    near = (gate_i - edge).to(tl.float32)[None, :] - (gate_j - edge).to(tl.float32)[:, None]
+                    root *= tl.exp(tl.minimum(near, 0.0) / P)
+                else:
+                    root *= root_j[:, None] * tl.exp(((gate_i - edge) / P).to(tl.float32))[None, :]
+            if P > 2:
+                peak = tl.load(peaks + row * tokens + i, mask=inside, other=0.0)
+                root *= (1.0 / tl.where(peak == 0, 1.0, peak))[None, :]
+            base *= root
+            if VALUES:
+                acc = tl.dot(integer_power(base, P).to(CT), d_num, acc, input_precision=PREC)
+            else:
+                d_den = tl.load(dz + row * tokens + i, mask=inside, other=0.0)
+                dw = tl.dot(value, tl.trans(d_num), input_precision=PREC) + d_den[None, :]
+                ds = dw * integer_power(base, P - 1) * root * P
+                acc = tl.dot(ds.to(CT), query, acc, input_precision=PREC)
+
+    col = tl.arange(0, WIDTH)
+    address = (j * heads + head)[:, None] * WIDTH + col[None, :]
+    tl.store(grad + address, acc.to(grad.dtype.element_ty), mask=valid[:, None])
+    if not VALUES:
+        tl.store(flow + head * tokens + j, tl.sum(acc * key.to(tl.float32), 1), mask=valid)
+
+
+@triton.jit
+def gate_grad_kernel(
+    query_flow, key_flow, leaving, table, grad, tokens, heads, groups, P: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Reverse cumulative sums of (q·dq − k·dk)/p within each slot, float64, from what crosses its right border.
+
+    query_flow [heads·groups, tokens], key_flow [heads, tokens], leaving [slots, heads] float64 → grad [tokens, heads].
+    """
+    slot = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1).to(tl.int64)
+    start = tl.load(table + slot * 4).to(tl.int64)
+    end = tl.load(table + slot * 4 + 1).to(tl.int64)
+    carried = tl.load(leaving + slot * heads + head)
+    blocks = (end - start + BLOCK - 1) // BLOCK
+    for n in range(blocks):
+        t = start + (blocks - 1 - n) * BLOCK + tl.arange(0, BLOCK)
+        inside = t < end
+        x = -tl.load(key_flow + head * tokens + t, mask=inside, other=0.0).to(tl.float64)
+        for group in range(groups):
+            x += tl.load(query_flow + (head * groups + group) * tokens + t, mask=inside, other=0.0).to(tl.float64)
+        x /= P
+        total = tl.sum(x, 0)
+        out = carried + total - tl.cumsum(x, 0) + x
+        tl.store(grad + t * heads + head, out.to(grad.dtype.element_ty), mask=inside)
+        carried += total

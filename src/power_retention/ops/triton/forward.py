@@ -1,0 +1,140 @@
+"""The output of a tile of queries: the entering state read, attention within the chunk added, one division at the end."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from power_retention.ops.triton.common import (
+    integer_power,
+    power_of_two_scale,
+    read_normalizer,
+    regular_inverse,
+    trace,
+)
+
+
+@triton.jit
+def read_state(
+    x, tile, rows, valid, head, all_heads, scale, xt, column, columns, state, acc, col, count,
+    D: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """acc + φ(x)·state over the first ``count`` diagonals; ``tile`` is x's tile [BM, D], scaled, in CT."""
+    for block in tl.static_range(D // BK):
+        a = block * BK + tl.arange(0, BK)
+        if BK == D:
+            left = tile
+        else:
+            left = tl.load(x + (rows * all_heads + head)[:, None] * D + a[None, :], mask=valid[:, None], other=0.0)
+            left = (left.to(tl.float32) * scale[:, None]).to(CT)
+        for o in range(count):
+            rotated = xt + (head * D + (a + o) % D)[:, None] * columns + (column + tl.arange(0, BM))[None, :]
+            right = tl.trans(tl.load(rotated).to(CT))
+            s = tl.load(state + (o * D + a)[:, None] * E + col[None, :])
+            acc = tl.dot(left * right, s, acc, input_precision=PREC)
+    return acc
+
+
+@triton.jit
+def read_kernel(
+    q, qt, k, v, gates, table, states, moments, y, columns, pad, tokens, heads, groups, tiles,
+    HAS_GATES: tl.constexpr, HAS_STATE: tl.constexpr, HAS_INITIAL: tl.constexpr, P: tl.constexpr, NOISE: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr,
+    CT: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """y [tokens, heads·groups, E] of BM queries of one head, BE value columns.
+
+    Programs that read the same state are neighbours, so that it comes from L2.
+    """
+    program = tl.program_id(0)
+    inner = program % (groups * tiles)
+    outer = program // (groups * tiles)
+    head = (outer % heads).to(tl.int64)
+    slot = (outer // heads).to(tl.int64)
+    tile = inner // groups
+    query_head = head * groups + inner % groups
+    query_heads = heads * groups
+    start = tl.load(table + slot * 4).to(tl.int64)
+    end = tl.load(table + slot * 4 + 1).to(tl.int64)
+    at_start = tl.load(table + slot * 4 + 2)
+    first = start + tile * BM
+    if first >= end:
+        return
+    i = first + tl.arange(0, BM)
+    valid = i < end
+    d = tl.arange(0, D)
+    col = tl.program_id(1) * BE + tl.arange(0, BE)
+    raw = tl.load(q + (i * query_heads + query_head)[:, None] * D + d[None, :], mask=valid[:, None], other=0.0)
+    scale = power_of_two_scale(raw)
+    queries = (raw.to(tl.float32) * scale[:, None]).to(CT)
+
+    acc = tl.zeros([BM, BE], tl.float32)
+    den = tl.zeros([BM], tl.float32)
+    noise = tl.zeros([BM], tl.float32)
+    peak = tl.zeros([BM], tl.float32)
+    if HAS_GATES:
+        gate_i = tl.load(gates + head * tokens + i, mask=valid, other=0.0)
+    if HAS_STATE:
+        here = slot * heads + head
+        count = D // 2 + 1
+        if not HAS_INITIAL:
+            count = tl.where(at_start != 0, 0, count)
+        acc = read_state(
+            q, queries, i, valid, query_head, query_heads, scale, qt, slot * pad + tile * BM, columns,
+            states + here * (D * (D // 2 + 1) * E), acc, col, count, D, E, BM, BK, CT, PREC,
+        )  # fmt: skip
+        den = read_normalizer(q, i, valid, query_head, query_heads, scale, moments + here * (D * D), D, BM, CT, PREC)
+        wide = queries.to(tl.float32)
+        noise = NOISE * trace(moments + here * (D * D), D) * tl.sum(wide * wide, 1)
+        if HAS_GATES:
+            decay = tl.exp(gate_i.to(tl.float32))
+            acc *= decay[:, None]
+            den *= decay
+            noise *= decay
+
+    keys = k + head * D
+    values = v + head * E
+    for n in range(start, first, BN):
+        j = n + tl.arange(0, BN)
+        kt = tl.load(keys + (j * heads * D)[None, :] + d[:, None]).to(CT)
+        base = tl.dot(queries, kt, input_precision=PREC)
+        if HAS_GATES:
+            edge = tl.load(gates + head * tokens + n + BN - 1)
+            gate_j = tl.load(gates + head * tokens + j)
+            root_i = tl.exp(((gate_i - edge) / P).to(tl.float32))
+            base *= root_i[:, None] * tl.exp(((edge - gate_j) / P).to(tl.float32))[None, :]
+        if P > 2:
+            acc, den, peak, base = rescale(base, acc, den, peak, P)
+        weight = integer_power(base, P)
+        den += tl.sum(weight, 1)
+        vt = tl.load(values + (j * heads * E)[:, None] + col[None, :]).to(CT)
+        acc = tl.dot(weight.to(CT), vt, acc, input_precision=PREC)
+    for n in range(first, tl.minimum(first + BM, end), BN):
+        j = n + tl.arange(0, BN)
+        kt = tl.load(keys + (j * heads * D)[None, :] + d[:, None], mask=(j < end)[None, :], other=0.0).to(CT)
+        base = tl.dot(queries, kt, input_precision=PREC)
+        if HAS_GATES:
+            gate_j = tl.load(gates + head * tokens + j, mask=j < end, other=0.0)
+            edge = tl.load(gates + head * tokens + first)
+            near = (gate_i - edge).to(tl.float32)[:, None] - (gate_j - edge).to(tl.float32)[None, :]
+            base *= tl.exp(tl.minimum(near, 0.0) / P)
+        base = tl.where((i[:, None] >= j[None, :]) & (j < end)[None, :], base, 0.0)
+        if P > 2:
+            acc, den, peak, base = rescale(base, acc, den, peak, P)
+        weight = integer_power(base, P)
+        den += tl.sum(weight, 1)
+        vt = tl.load(values + (j * heads * E)[:, None] + col[None, :], mask=(j < end)[:, None], other=0.0).to(CT)
+        acc = tl.dot(weight.to(CT), vt, acc, input_precision=PREC)
+
+    inverse, _ = regular_inverse(den, noise)
+    out = y + (i * query_heads + query_head)[:, None] * E + col[None, :]
+    tl.store(out, (acc * inverse[:, None]).to(y.dtype.element_ty), mask=valid[:, None])
+
+
+@triton.jit
+def rescale(base, acc, den, peak, P: tl.constexpr):
+    """Online maximum: sums so far and the new bases relative to the largest base each row has seen."""
+    higher = tl.maximum(peak, tl.max(tl.abs(base), 1))
+    safe = tl.where(higher == 0, 1.0, higher)
+    shrink = integer_power(peak / safe, P)
+    return acc * shrink[:, None], den * shrink, higher, base / safe[:, None]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from importlib import import_module
 from typing import Any
 
@@ -99,7 +99,7 @@ class _Run:
         self.groups = self.query_heads // self.heads
         self.plan = self._plan(batch, length)
         self.tiles: Tiles = tiles_for(max(self.d, self.e), call.q.dtype, self.device)
-        self.rows = self.d * (self.d // 2 + 1)
+        self.rows, self.block = self.d * (self.d // 2 + 1), min(self.d, self.tiles.block)
 
     def _plan(self, batch: int, length: int) -> Plan:
         size = min(self.call.chunk_size or length, length)
@@ -219,10 +219,10 @@ class _Run:
             (plan.slots, self.heads, programs) if other is not None else (0,), dtype=torch.float32, device=self.device
         )
         _kernels("states").accumulate_kernel[programs, self.heads, self.call.runs](
-            columns, u, self.gates, plan.table, plan.borders, initial, states, other, flows, final,
+            columns, u, row_order(self.d, self.block, self.device), self.gates, plan.table, plan.borders, initial, states, other, flows, final,
             plan.columns, plan.pad, self.tokens, self.heads, groups,
             HAS_GATES=self.has_gates, HAS_INITIAL=initial is not None, KEEP_STATES=keep_states, KEEP_FINAL=keep_final,
-            REVERSE=reverse, FLOWS=other is not None, D=self.d, E=self.e, BR=tile.rows, BE=block, BT=tile.steps,
+            REVERSE=reverse, FLOWS=other is not None, D=self.d, W=self.block, E=self.e, BR=tile.rows, BE=block, BT=tile.steps,
             **self.precision, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         return states, final, flows
@@ -264,7 +264,7 @@ class _Run:
             self.entering[0] if reads else None, self.entering_moments[0] if reads else None, y,
             self.plan.columns, self.plan.pad, self.tokens, self.heads, self.groups, count,
             HAS_GATES=self.has_gates, HAS_STATE=reads, HAS_INITIAL=self.call.memory is not None, P=self.call.p,
-            NOISE=_NOISE, D=self.d, E=self.e, BM=tile.rows, BN=tile.steps, BE=block, BK=self.d if self.d <= 128 else 64,
+            NOISE=_NOISE, D=self.d, W=self.block, E=self.e, BM=tile.rows, BN=tile.steps, BE=block,
             **self.precision, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         return y
@@ -324,7 +324,7 @@ class _Gradients:
             out.dq, out.dn, out.dn_decayed, out.dz, out.peaks, out.flow,
             run.plan.columns, run.plan.pad, run.tokens, run.heads, run.groups, count,
             HAS_GATES=run.has_gates, HAS_STATE=reads, HAS_INITIAL=self.call.memory is not None, P=self.call.p,
-            NOISE=_NOISE, D=run.d, E=run.e, BM=tile.rows, BN=tile.steps, BE=run.e if run.e <= 128 else 64,
+            NOISE=_NOISE, D=run.d, W=run.block, E=run.e, BM=tile.rows, BN=tile.steps, BE=run.e if run.e <= 128 else 64,
             **run.precision, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         return out
@@ -351,15 +351,14 @@ class _Gradients:
         run = self.run
         grad = torch.empty_like(run.v if values else run.k)
         flow = run.new(run.heads, run.tokens)
-        tile = run.tiles.read if values else run.tiles.key_grad
+        tile = run.tiles.value_grad if values else run.tiles.key_grad
         count = run.tile_count(tile)
         _kernels("backward").key_grad_kernel[(run.plan.slots * run.heads * count,)](
             run.scaled_queries, run.k, run.key_columns if self.has_state else None, run.v, of_query.dn, of_query.dz,
             of_query.peaks, run.gates, run.plan.table, leaving[0], leaving[1], grad, flow,
             run.plan.columns, run.plan.pad, run.tokens, run.heads, run.groups, count,
             VALUES=values, HAS_GATES=run.has_gates, HAS_STATE=self.has_state, HAS_FINAL=self.d_memory is not None,
-            P=self.call.p, D=run.d, E=run.e, BM=tile.rows, BN=tile.steps, BE=run.e if run.e <= 128 else 64,
-            BK=run.d if run.d <= 128 else 64, **run.precision, num_warps=tile.warps, num_stages=tile.stages,
+            P=self.call.p, D=run.d, W=run.block, E=run.e, BM=tile.rows, BN=tile.steps, BE=run.e if run.e <= 128 else 64, **run.precision, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         return grad, flow
 
@@ -383,6 +382,22 @@ class _Gradients:
 
 
 # ── states between their canonical layout and the kernels' ───────────────────────────────────────────────────────────
+
+
+@lru_cache
+def row_order(width: int, block: int, device: torch.device) -> Tensor:
+    """int32 ``[4, rows]``: of each row of a state inside the kernels its factors, canonical index, and 1 unless a repeat.
+
+    The order is that of ``block_row`` in ``common``.
+    """
+    pairs = [(a, a // block * block + (a + o) % block) for o in range(block // 2 + 1) for a in range(width)]
+    for start in range(0, width - block, block):
+        pairs += [(a, b) for b in range(start + block, width) for a in range(start, start + block)]
+    a, b = torch.tensor(pairs).T
+    canonical = _index_matrix(width, torch.device("cpu"))[a, b]
+    repeats = torch.arange(len(pairs)) // width == block // 2
+    first = ~(repeats & (a % block >= block // 2))
+    return torch.stack((a, b, canonical, first)).to(torch.int32).to(device)
 
 
 def _index_matrix(width: int, device: torch.device) -> Tensor:

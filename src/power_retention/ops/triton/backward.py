@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from power_retention.ops.triton.common import (
+    block_row,
     integer_power,
     power_of_two_scale,
     read_normalizer,
@@ -24,17 +25,19 @@ from power_retention.ops.triton.forward import read_state
 
 @triton.jit
 def contract_state(
-    u, tile, rows, valid, head, all_heads, xt, column, columns, state, acc, count,
-    D: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BE: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
+    u, tile, rows, valid, head, all_heads, xt, column, columns, state, acc, present,
+    D: tl.constexpr, W: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BE: tl.constexpr, CT: tl.constexpr,
+    PREC: tl.constexpr,
 ):  # fmt: skip
-    """acc + the gradient of u·(φ(x)·state) with respect to x: 2 Σ_b x_b (u·S_ab), over every rotation of x.
+    """acc + the gradient of u·(φ(x)·state) with respect to x, 2 Σ_b x_b (u·S_ab), nothing unless ``present``.
 
-    ``tile`` is u's tile [BM, E] where it is taken whole (BE = E).
+    ``tile`` is u's tile [BM, E] where it is taken whole (BE = E).  Each pair is met from both sides: twice the products of
+    a sum over pairs, but no operand ever has to be rolled back.
     """
     a = tl.arange(0, D)
-    for o in range(count):
-        folded = o > D // 2
-        row = tl.where(folded, (D - o) * D + (a + o) % D, o * D + a)
+    token = xt + head * D * columns + column + tl.arange(0, BM)
+    for b in range(tl.where(present, D, 0)):
+        row = block_row(a, b, D, W)
         product = tl.zeros([BM, D], tl.float32)
         for block in tl.static_range(E // BE):
             col = block * BE + tl.arange(0, BE)
@@ -45,10 +48,7 @@ def contract_state(
                 left = left.to(CT)
             s = tl.load(state + (row * E)[None, :] + col[:, None])
             product = tl.dot(left, s, product, input_precision=PREC)
-        rotated = xt + (head * D + (a + o) % D)[:, None] * columns + (column + tl.arange(0, BM))[None, :]
-        right = tl.trans(tl.load(rotated)).to(tl.float32)
-        # Stored rows 0 < o < D/2 carry their factor of two already.
-        acc += product * (right * tl.where((o == 0) | (o == D // 2), 2.0, 1.0))
+        acc += product * tl.load(token + b * columns).to(tl.float32)[:, None]
     return acc
 
 
@@ -68,12 +68,12 @@ def contract_moment(
     return acc * 2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "tiles"])
 def query_grad_kernel(
     q, qt, k, v, dy, gates, table, states, moments, dq, dn, dn_decayed, dz, peaks, flow,
     columns, pad, tokens, heads, groups, tiles,
     HAS_GATES: tl.constexpr, HAS_STATE: tl.constexpr, HAS_INITIAL: tl.constexpr, P: tl.constexpr, NOISE: tl.constexpr,
-    D: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr,
+    D: tl.constexpr, W: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr,
     CT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """dq of BM queries of one head, and what the other kernels need of them.
@@ -102,11 +102,11 @@ def query_grad_kernel(
     own = (i * query_heads + query_head)[:, None]
     raw = tl.load(q + own * D + d[None, :], mask=valid[:, None], other=0.0)
     scale = power_of_two_scale(raw)
-    queries = (raw.to(tl.float32) * scale[:, None]).to(CT)
+    wide = raw.to(tl.float32) * scale[:, None]
+    square = tl.sum(wide * wide, 1)
     dout = tl.load(dy + own * E + e[None, :], mask=valid[:, None], other=0.0).to(CT)
 
     num = tl.zeros([BM, D], tl.float32)
-    slope_sum = tl.zeros([BM, D], tl.float32)
     den = tl.zeros([BM], tl.float32)
     noise = tl.zeros([BM], tl.float32)
     peak = tl.zeros([BM], tl.float32)
@@ -114,25 +114,27 @@ def query_grad_kernel(
         gate_i = tl.load(gates + head * tokens + i, mask=valid, other=0.0)
     if HAS_STATE:
         here = slot * heads + head
-        count = D
-        if not HAS_INITIAL:
-            count = tl.where(at_start != 0, 0, D)
+        present = (at_start == 0) | HAS_INITIAL
         num = contract_state(
             dy, dout, i, valid, query_head, query_heads, qt, slot * pad + tile * BM, columns,
-            states + here * (D * (D // 2 + 1) * E), num, count, D, E, BM, BE, CT, PREC,
+            states + here * (D * (D // 2 + 1) * E), num, present, D, W, E, BM, BE, CT, PREC,
         )  # fmt: skip
         moment = moments + here * (D * D)
         den = read_normalizer(q, i, valid, query_head, query_heads, scale, moment, D, BM, CT, PREC)
         slope_sum = contract_moment(q, i, valid, query_head, query_heads, scale, moment, D, BM, CT, PREC)
-        wide = queries.to(tl.float32)
-        noise = NOISE * trace(moment, D) * tl.sum(wide * wide, 1)
+        noise = NOISE * trace(moment, D) * square
         if HAS_GATES:
             decay = tl.exp(gate_i.to(tl.float32))
             num *= decay[:, None]
             slope_sum *= decay[:, None]
             den *= decay
             noise *= decay
+    else:
+        slope_sum = tl.zeros([BM, D], tl.float32)
 
+    # Read again rather than kept in registers through the loops above.
+    raw = tl.load(q + own * D + d[None, :], mask=valid[:, None], other=0.0)
+    queries = (raw.to(tl.float32) * scale[:, None]).to(CT)
     keys = k + head * D
     values = v + head * E
     last = tl.minimum(first + BM, end)
@@ -158,7 +160,7 @@ def query_grad_kernel(
         if HAS_GATES:
             edge = tl.load(gates + head * tokens + n + BN - 1)
             gate_j = tl.load(gates + head * tokens + j)
-            root_i *= tl.exp(((gate_i - edge) / P).to(tl.float32))
+            root_i *= tl.exp((tl.minimum(gate_i - edge, 0.0) / P).to(tl.float32))
             root = root_i[:, None] * tl.exp(((edge - gate_j) / P).to(tl.float32))[None, :]
         else:
             root = root_i[:, None]
@@ -199,11 +201,11 @@ def query_grad_kernel(
         tl.store(dn_decayed + own * E + e[None, :], decayed.to(dn.dtype.element_ty), mask=valid[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "tiles"])
 def key_grad_kernel(
     q, k, kt, v, dn, dz, peaks, gates, table, states, moments, grad, flow, columns, pad, tokens, heads, groups, tiles,
     VALUES: tl.constexpr, HAS_GATES: tl.constexpr, HAS_STATE: tl.constexpr, HAS_FINAL: tl.constexpr, P: tl.constexpr,
-    D: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr,
+    D: tl.constexpr, W: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr,
     CT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """dv (VALUES) or dk of BM tokens of one key/value head; ``states`` are the gradients of what leaves each slot.
@@ -226,7 +228,6 @@ def key_grad_kernel(
     valid = j < end
     d = tl.arange(0, D)
     e = tl.arange(0, E)
-    key = tl.load(k + (j * heads + head)[:, None] * D + d[None, :], mask=valid[:, None], other=0.0).to(CT)
     if not VALUES:
         value = tl.load(v + (j * heads + head)[:, None] * E + e[None, :], mask=valid[:, None], other=0.0).to(CT)
     acc = tl.zeros([BM, WIDTH], tl.float32)
@@ -239,23 +240,22 @@ def key_grad_kernel(
     if HAS_STATE:
         here = slot * heads + head
         state = states + here * (D * (D // 2 + 1) * E)
-        count = D // 2 + 1 if VALUES else D
-        if not HAS_FINAL:
-            count = tl.where(at_end != 0, 0, count)
+        present = (at_end == 0) | HAS_FINAL
         column = slot * pad + tile * BM
         ones = tl.full([BM], 1.0, tl.float32)
         if VALUES:
             acc = read_state(
-                k, key, j, valid, head, heads, ones, kt, column, columns, state, acc, e, count, D, E, BM, BK, CT, PREC
+                k, j, valid, head, heads, ones, kt, column, columns, state, acc, e, present, D, W, E, BM, CT, PREC
             )
         else:
             acc = contract_state(
-                v, value, j, valid, head, heads, kt, column, columns, state, acc, count, D, E, BM, BE, CT, PREC
+                v, value, j, valid, head, heads, kt, column, columns, state, acc, present, D, W, E, BM, BE, CT, PREC
             )
             acc += contract_moment(k, j, valid, head, heads, ones, moments + here * (D * D), D, BM, CT, PREC)
         if HAS_GATES:
             acc *= tl.exp((gate_end - gate_j).to(tl.float32))[:, None]
 
+    key = tl.load(k + (j * heads + head)[:, None] * D + d[None, :], mask=valid[:, None], other=0.0).to(CT)
     for group in range(groups):
         row = head * groups + group
         for n in range(first, end, BN):
@@ -272,7 +272,7 @@ def key_grad_kernel(
                     near = (gate_i - edge).to(tl.float32)[None, :] - (gate_j - edge).to(tl.float32)[:, None]
                     root *= tl.exp(tl.minimum(near, 0.0) / P)
                 else:
-                    root *= root_j[:, None] * tl.exp(((gate_i - edge) / P).to(tl.float32))[None, :]
+                    root *= root_j[:, None] * tl.exp((tl.minimum(gate_i - edge, 0.0) / P).to(tl.float32))[None, :]
             if P > 2:
                 peak = tl.load(peaks + row * tokens + i, mask=inside, other=0.0)
                 root *= (1.0 / tl.where(peak == 0, 1.0, peak))[None, :]
@@ -292,7 +292,7 @@ def key_grad_kernel(
         tl.store(flow + head * tokens + j, tl.sum(acc * key.to(tl.float32), 1), mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def gate_grad_kernel(
     query_flow, key_flow, leaving, table, grad, tokens, heads, groups, P: tl.constexpr, BLOCK: tl.constexpr
 ):

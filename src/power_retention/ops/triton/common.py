@@ -1,6 +1,7 @@
 """Pieces that several kernels share.
 
-Legend of the kernels' constants: P power, D key width, E value width, BM rows of the tile a program owns, BN rows of the
+Inside the kernels a state has rows of its own order (:func:`block_row`), fit for products in registers; it never leaves them.
+Legend of the kernels' constants: P power, D key width, W width of its blocks, E value width, BM rows of the tile a program owns, BN rows of the
 tiles it walks over, CT type of the matrix products' operands, PREC their precision.  Tokens are numbered through the whole
 batch; a *slot* is one chunk of one run, its row in ``table`` is (first token, one past the last, whether it is its run's
 first, whether its last).  A query tile is a whole number of key tiles.
@@ -80,3 +81,23 @@ def trace(moment, D: tl.constexpr):
     """Σ_a M[a, a], never negative: Σ decay·|k|², which bounds what any unit query can find."""
     diagonal = tl.arange(0, D) * (D + 1)
     return tl.maximum(tl.sum(tl.load(moment + diagonal), 0), 0.0)
+
+
+@triton.jit
+def block_row(a, b, D: tl.constexpr, W: tl.constexpr):
+    """Where the monomial x_a·x_b stands among a state's rows inside the kernels.
+
+    First the pairs within blocks of W columns, rolled: row o·D + a holds x_a·x_(a+o), the sum taken within a's block, for
+    o = 0 … W/2 (o = W/2 holds each pair twice).  Then, for each block, every later column b times the block's columns a: W
+    rows a column, so that a matrix product's operand is a block of x times one number a token.
+    """
+    BLOCKS: tl.constexpr = D // W
+    low = tl.minimum(a, b)
+    high = tl.maximum(a, b)
+    block = low // W
+    offset = (b - a) & (W - 1)
+    folded = offset > W // 2
+    near = tl.where(folded, (W - offset) * D + b, offset * D + a)
+    base = D * (W // 2 + 1) + W * W * (block * (BLOCKS - 1) - block * (block - 1) // 2)
+    far = base + (high - (block + 1) * W) * W + low % W
+    return tl.where(block == high // W, near, far)

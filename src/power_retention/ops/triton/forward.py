@@ -16,30 +16,41 @@ from power_retention.ops.triton.common import (
 
 @triton.jit
 def read_state(
-    x, tile, rows, valid, head, all_heads, scale, xt, column, columns, state, acc, col, count,
-    D: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
+    x, rows, valid, head, all_heads, scale, xt, column, columns, state, acc, col, present,
+    D: tl.constexpr, W: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """acc + φ(x)·state over the first ``count`` diagonals; ``tile`` is x's tile [BM, D], scaled, in CT."""
-    for block in tl.static_range(D // BK):
-        a = block * BK + tl.arange(0, BK)
-        if BK == D:
-            left = tile
-        else:
-            left = tl.load(x + (rows * all_heads + head)[:, None] * D + a[None, :], mask=valid[:, None], other=0.0)
-            left = (left.to(tl.float32) * scale[:, None]).to(CT)
-        for o in range(count):
-            rotated = xt + (head * D + (a + o) % D)[:, None] * columns + (column + tl.arange(0, BM))[None, :]
-            right = tl.trans(tl.load(rotated).to(CT))
-            s = tl.load(state + (o * D + a)[:, None] * E + col[None, :])
+    """acc + φ(x)·state, nothing unless ``present``.
+
+    One block of W columns of x stays in registers as a product's operand; what it is multiplied with is streamed.
+    """
+    address = x + (rows * all_heads + head)[:, None] * D
+    token = xt + head * D * columns + column + tl.arange(0, BM)
+    i = tl.arange(0, W)
+    for block in tl.static_range(D // W):
+        left = tl.load(address + (block * W + i)[None, :], mask=valid[:, None], other=0.0)
+        left = (left.to(tl.float32) * scale[:, None]).to(CT)
+        # Pairs within the block.  States are stored doubled: squares count once, and the last roll meets each pair twice.
+        for o in range(tl.where(present, W // 2 + 1, 0)):
+            rotated = token[None, :] + (block * W + (i + o) % W)[:, None] * columns
+            right = tl.trans(tl.load(rotated).to(CT)) * tl.where((o == 0) | (o == W // 2), 0.5, 1.0).to(CT)
+            s = tl.load(state + (o * D + block * W + i)[:, None] * E + col[None, :])
             acc = tl.dot(left * right, s, acc, input_precision=PREC)
+        # The block times each later column.
+        base = state + (D * (W // 2 + 1) + W * W * (block * (D // W - 1) - block * (block - 1) // 2)) * E
+        later = token + (block + 1) * W * columns
+        for n in range(0, tl.where(present, D - (block + 1) * W, 0), 2):
+            for half in tl.static_range(2):
+                factor = tl.load(later + (n + half) * columns).to(CT)
+                s = tl.load(base + ((n + half) * W + i)[:, None] * E + col[None, :])
+                acc = tl.dot(left * factor[:, None], s, acc, input_precision=PREC)
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "tiles"])
 def read_kernel(
     q, qt, k, v, gates, table, states, moments, y, columns, pad, tokens, heads, groups, tiles,
     HAS_GATES: tl.constexpr, HAS_STATE: tl.constexpr, HAS_INITIAL: tl.constexpr, P: tl.constexpr, NOISE: tl.constexpr,
-    D: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr,
+    D: tl.constexpr, W: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr,
     CT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """y [tokens, heads·groups, E] of BM queries of one head, BE value columns.
@@ -66,7 +77,8 @@ def read_kernel(
     col = tl.program_id(1) * BE + tl.arange(0, BE)
     raw = tl.load(q + (i * query_heads + query_head)[:, None] * D + d[None, :], mask=valid[:, None], other=0.0)
     scale = power_of_two_scale(raw)
-    queries = (raw.to(tl.float32) * scale[:, None]).to(CT)
+    wide = raw.to(tl.float32) * scale[:, None]
+    square = tl.sum(wide * wide, 1)
 
     acc = tl.zeros([BM, BE], tl.float32)
     den = tl.zeros([BM], tl.float32)
@@ -76,22 +88,22 @@ def read_kernel(
         gate_i = tl.load(gates + head * tokens + i, mask=valid, other=0.0)
     if HAS_STATE:
         here = slot * heads + head
-        count = D // 2 + 1
-        if not HAS_INITIAL:
-            count = tl.where(at_start != 0, 0, count)
+        present = (at_start == 0) | HAS_INITIAL
         acc = read_state(
-            q, queries, i, valid, query_head, query_heads, scale, qt, slot * pad + tile * BM, columns,
-            states + here * (D * (D // 2 + 1) * E), acc, col, count, D, E, BM, BK, CT, PREC,
+            q, i, valid, query_head, query_heads, scale, qt, slot * pad + tile * BM, columns,
+            states + here * (D * (D // 2 + 1) * E), acc, col, present, D, W, E, BM, CT, PREC,
         )  # fmt: skip
         den = read_normalizer(q, i, valid, query_head, query_heads, scale, moments + here * (D * D), D, BM, CT, PREC)
-        wide = queries.to(tl.float32)
-        noise = NOISE * trace(moments + here * (D * D), D) * tl.sum(wide * wide, 1)
+        noise = NOISE * trace(moments + here * (D * D), D) * square
         if HAS_GATES:
             decay = tl.exp(gate_i.to(tl.float32))
             acc *= decay[:, None]
             den *= decay
             noise *= decay
 
+    # Read again rather than kept in registers through the loops above.
+    raw = tl.load(q + (i * query_heads + query_head)[:, None] * D + d[None, :], mask=valid[:, None], other=0.0)
+    queries = (raw.to(tl.float32) * scale[:, None]).to(CT)
     keys = k + head * D
     values = v + head * E
     for n in range(start, first, BN):
@@ -101,7 +113,7 @@ def read_kernel(
         if HAS_GATES:
             edge = tl.load(gates + head * tokens + n + BN - 1)
             gate_j = tl.load(gates + head * tokens + j)
-            root_i = tl.exp(((gate_i - edge) / P).to(tl.float32))
+            root_i = tl.exp((tl.minimum(gate_i - edge, 0.0) / P).to(tl.float32))
             base *= root_i[:, None] * tl.exp(((edge - gate_j) / P).to(tl.float32))[None, :]
         if P > 2:
             acc, den, peak, base = rescale(base, acc, den, peak, P)

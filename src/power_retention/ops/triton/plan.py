@@ -80,29 +80,31 @@ class Tile:
 
 @dataclass(frozen=True)
 class Tiles:
-    """Launch shapes of the four heavy kernels."""
+    """Launch shapes of the heavy kernels, and the block width of a state's rows inside them."""
 
     accumulate: Tile
     read: Tile
     query_grad: Tile
     key_grad: Tile
+    value_grad: Tile
+    block: int = 32
 
 
 _HOPPER = {
-    16: Tiles(Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
-    32: Tiles(Tile(128, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
-    64: Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 4, 3), Tile(128, 64, 8, 3), Tile(128, 64, 8, 3)),
-    128: Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
-    256: Tiles(Tile(128, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+    16: Tiles(Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), 16),
+    32: Tiles(Tile(128, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), 32),
+    64: Tiles(Tile(64, 64, 4, 3), Tile(256, 32, 8, 3), Tile(128, 32, 8, 3), Tile(128, 32, 8, 3), Tile(256, 32, 8, 3), 32),
+    128: Tiles(Tile(128, 64, 4, 3), Tile(256, 32, 8, 3), Tile(128, 32, 8, 2), Tile(64, 32, 4, 2), Tile(256, 32, 8, 3), 32),
+    256: Tiles(Tile(128, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), 32),
 }
-_ANY = {
-    width: Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))
-    for width in (16, 32, 64, 128)
-} | {256: Tiles(Tile(64, 32, 4, 1), Tile(32, 32, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1))}
-_WIDE_OPERANDS = {
-    width: Tiles(Tile(64, 32, 4, 2), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))
-    for width in (16, 32, 64, 128)
-} | {256: Tiles(Tile(64, 32, 8, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1))}
+_SMALL = Tile(32, 32, 4, 1)
+_TINY = Tile(16, 16, 4, 1)
+_ANY = dict.fromkeys((16, 32, 64, 128), Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), _SMALL, _SMALL, _SMALL, 32)) | {
+    256: Tiles(Tile(64, 32, 4, 1), _SMALL, _TINY, _TINY, _TINY, 32)
+}
+_WIDE_OPERANDS = dict.fromkeys((16, 32, 64, 128), Tiles(Tile(64, 32, 4, 2), _SMALL, _SMALL, _SMALL, _SMALL, 16)) | {
+    256: Tiles(Tile(64, 32, 8, 1), _TINY, _TINY, _TINY, _TINY, 16)
+}
 WIDTHS = tuple(_HOPPER)
 """Key and value widths that have kernels; others are padded to the next."""
 

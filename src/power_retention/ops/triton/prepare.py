@@ -8,7 +8,7 @@ import triton.language as tl
 from power_retention.ops.triton.common import power_of_two_scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def gates_kernel(log_g, table, gates, tokens, heads, FORGET: tl.constexpr, BLOCK: tl.constexpr):
     """Inclusive cumulative sums within each slot, float64: differences of far-apart sums keep their digits.
 
@@ -49,7 +49,7 @@ def columns_kernel(
     tl.store(target, tl.trans(tile))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def weigh_values_kernel(v, gates, table, out, tokens, pad, heads, E: tl.constexpr, BT: tl.constexpr):
     """out_j = exp(G_end − G_j) v_j: what each token still weighs at its slot's end.  v, out [tokens, heads, E]."""
     position = tl.program_id(0).to(tl.int64) * BT
@@ -66,7 +66,7 @@ def weigh_values_kernel(v, gates, table, out, tokens, pad, heads, E: tl.constexp
     tl.store(out + address, (tile.to(tl.float32) * weight[:, None]).to(tile.dtype), mask=valid[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def moments_kernel(
     xt, row_weight, gates, table, moments, columns, pad, tokens, heads, groups,
     TO_END: tl.constexpr, HAS_GATES: tl.constexpr, HAS_WEIGHT: tl.constexpr,
@@ -104,7 +104,7 @@ def moments_kernel(
     tl.store(moments + ((slot * heads + head) * D + a)[:, None] * D + b[None, :], acc)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def scan_moments_kernel(
     moments, initial, final, gates, table, borders, tokens, heads, SIZE,
     HAS_INITIAL: tl.constexpr, HAS_GATES: tl.constexpr, REVERSE: tl.constexpr, BLOCK: tl.constexpr,
@@ -134,7 +134,7 @@ def scan_moments_kernel(
     tl.store(final + (run * heads + head) * SIZE + i, state, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def scale_kernel(x, out, rows, D: tl.constexpr, BT: tl.constexpr):
     """x [rows, D] times its rows' powers of two."""
     t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)

@@ -214,7 +214,8 @@ class _Run:
         width = self.d * (self.d + 1) // 2
         final = self.new(*((self.call.runs, self.heads, width, self.e) if keep_final else (0,)))
         block = min(self.e, 128)
-        programs = -(-self.rows // tile.rows) * (self.e // block)
+        near = self.d * (self.block // 2 + 1)
+        programs = (-(-near // tile.rows) - (near - self.rows) // tile.rows) * (self.e // block)
         flows = torch.zeros(
             (plan.slots, self.heads, programs) if other is not None else (0,), dtype=torch.float32, device=self.device
         )

@@ -36,7 +36,9 @@ def contract_state(
     """
     a = tl.arange(0, D)
     token = xt + head * D * columns + column + tl.arange(0, BM)
+    factor = tl.load(token)
     for b in range(tl.where(present, D, 0)):
+        next_factor = tl.load(token + tl.minimum(b + 1, D - 1) * columns)
         row = block_row(a, b, D, W)
         product = tl.zeros([BM, D], tl.float32)
         for block in tl.static_range(E // BE):
@@ -48,7 +50,8 @@ def contract_state(
                 left = left.to(CT)
             s = tl.load(state + (row * E)[None, :] + col[:, None])
             product = tl.dot(left, s, product, input_precision=PREC)
-        acc += product * tl.load(token + b * columns).to(tl.float32)[:, None]
+        acc += product * factor.to(tl.float32)[:, None]
+        factor = next_factor
     return acc
 
 

@@ -35,14 +35,23 @@ def read_state(
             right = tl.trans(tl.load(rotated).to(CT)) * tl.where((o == 0) | (o == W // 2), 0.5, 1.0).to(CT)
             s = tl.load(state + (o * D + block * W + i)[:, None] * E + col[None, :])
             acc = tl.dot(left * right, s, acc, input_precision=PREC)
-        # The block times each later column.
-        base = state + (D * (W // 2 + 1) + W * W * (block * (D // W - 1) - block * (block - 1) // 2)) * E
-        later = token + (block + 1) * W * columns
-        for n in range(0, tl.where(present, D - (block + 1) * W, 0), 2):
-            for half in tl.static_range(2):
-                factor = tl.load(later + (n + half) * columns).to(CT)
-                s = tl.load(base + ((n + half) * W + i)[:, None] * E + col[None, :])
-                acc = tl.dot(left * factor[:, None], s, acc, input_precision=PREC)
+        if block < D // W - 1:
+            # The block times each later column.
+            base = state + (D * (W // 2 + 1) + W * W * (block * (D // W - 1) - block * (block - 1) // 2)) * E
+            later = token + (block + 1) * W * columns
+            # Factors are fetched a step ahead: such short loads are not pipelined, and their latency would be waited for.
+            last = D - (block + 1) * W - 1
+            even = tl.load(later)
+            odd = tl.load(later + columns)
+            for n in range(0, tl.where(present, last + 1, 0), 2):
+                next_even = tl.load(later + tl.minimum(n + 2, last) * columns)
+                next_odd = tl.load(later + tl.minimum(n + 3, last) * columns)
+                s = tl.load(base + (n * W + i)[:, None] * E + col[None, :])
+                acc = tl.dot(left * even.to(CT)[:, None], s, acc, input_precision=PREC)
+                s = tl.load(base + ((n + 1) * W + i)[:, None] * E + col[None, :])
+                acc = tl.dot(left * odd.to(CT)[:, None], s, acc, input_precision=PREC)
+                even = next_even
+                odd = next_odd
     return acc
 
 

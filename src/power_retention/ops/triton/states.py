@@ -24,12 +24,17 @@ def accumulate_kernel(
     """
     ROWS: tl.constexpr = D * (D // 2 + 1)
     CANONICAL: tl.constexpr = D * (D + 1) // 2
+    NEAR: tl.constexpr = D * (W // 2 + 1)
+    NEAR_TILES: tl.constexpr = (NEAR + BR - 1) // BR
     program = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     run = tl.program_id(2).to(tl.int64)
-    row = (program // (E // BE)) * BR + tl.arange(0, BR)
+    tile = program // (E // BE)
+    far = tile >= NEAR_TILES
+    top = tl.where(far, NEAR + (tile - NEAR_TILES) * BR, tile * BR)
+    row = top + tl.arange(0, BR)
     col = (program % (E // BE)) * BE + tl.arange(0, BE)
-    inside = row < ROWS
+    inside = row < tl.where(far, ROWS, NEAR)
     own = inside[:, None]
     a = tl.load(order + row, mask=inside, other=0)
     b = tl.load(order + ROWS + row, mask=inside, other=0)
@@ -54,16 +59,32 @@ def accumulate_kernel(
         if HAS_GATES:
             acc *= tl.exp(tl.load(gates + head * tokens + end - 1).to(tl.float32))
         steps = (end - start + BT - 1) // BT
-        for step in range(groups * steps):
-            source = head * groups + step // steps
-            t = (step % steps) * BT + tl.arange(0, BT)
-            left = xt + (source * D + a)[:, None] * columns + (slot * pad + t)[None, :]
-            right = xt + (source * D + b)[:, None] * columns + (slot * pad + t)[None, :]
-            phi = tl.load(left).to(CT) * tl.load(right).to(CT)
-            token = start + t
-            values = u + (token * (heads * groups) + source)[:, None] * E + col[None, :]
-            weighted = tl.load(values, mask=(token < end)[:, None], other=0.0).to(CT)
-            acc = tl.dot(phi, weighted, acc, input_precision=PREC)
+        if far:
+            # BR/W columns times the W of one block: few rows to load, many products.
+            block = tl.load(order + top) + tl.arange(0, W)
+            single = tl.load(order + ROWS + top) + tl.arange(0, BR // W)
+            for step in range(groups * steps):
+                source = head * groups + step // steps
+                t = (step % steps) * BT + tl.arange(0, BT)
+                column = xt + source * D * columns + (slot * pad + t)[None, :]
+                left = tl.load(column + single[:, None] * columns).to(CT)
+                right = tl.load(column + block[:, None] * columns).to(CT)
+                phi = tl.reshape(left[:, None, :] * right[None, :, :], [BR, BT])
+                token = start + t
+                values = u + (token * (heads * groups) + source)[:, None] * E + col[None, :]
+                weighted = tl.load(values, mask=(token < end)[:, None], other=0.0).to(CT)
+                acc = tl.dot(phi, weighted, acc, input_precision=PREC)
+        else:
+            for step in range(groups * steps):
+                source = head * groups + step // steps
+                t = (step % steps) * BT + tl.arange(0, BT)
+                column = xt + source * D * columns + (slot * pad + t)[None, :]
+                left = tl.load(column + a[:, None] * columns).to(CT)
+                right = tl.load(column + b[:, None] * columns).to(CT)
+                token = start + t
+                values = u + (token * (heads * groups) + source)[:, None] * E + col[None, :]
+                weighted = tl.load(values, mask=(token < end)[:, None], other=0.0).to(CT)
+                acc = tl.dot(left * right, weighted, acc, input_precision=PREC)
         if FLOWS:
             entering = tl.load(other + here, mask=own, other=0.0).to(tl.float32)
             # A pair of two columns counts twice, in one row or in two; the stored states have their factor of two.

@@ -254,18 +254,50 @@ class _Run:
         memory = narrow_state(self.entering[1], width, self.d, self.call.v.shape[-1])
         return memory, from_matrix(self.entering_moments[1], width)
 
+    def read_states(
+        self, x: Tensor, columns: Tensor, states: Tensor, groups: int, *, at_end: bool, always: bool, scale: bool
+    ) -> Tensor:
+        """φ(x)·state of each token's slot, float32 ``[tokens, H·groups, e]``; unwritten where a slot has no state."""
+        tile, heads = self.tiles.read, self.heads * groups
+        out = self.new(self.tokens, heads, self.e)
+        block, count = min(self.e, 128), self.tile_count(tile)
+        _kernels("forward").read_state_kernel[self.plan.slots * heads * count, self.e // block](
+            x, columns, self.plan.table, states, out, self.plan.columns, self.plan.pad, self.heads, groups, count,
+            AT_END=at_end, ALWAYS=always, SCALE=scale, D=self.d, W=self.block, E=self.e, BM=tile.rows, BE=block,
+            **self.precision, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+        return out
+
+    def contract_states(
+        self, u: Tensor, columns: Tensor, states: Tensor, groups: int, *, at_end: bool, always: bool
+    ) -> Tensor:
+        """The gradient of u·(φ(x)·state) with respect to x, float32 ``[tokens, H·groups, d]``; as :meth:`read_states`."""
+        tile, heads = self.tiles.contract, self.heads * groups
+        out = self.new(self.tokens, heads, self.d)
+        count = self.tile_count(tile)
+        _kernels("backward").contract_state_kernel[(self.plan.slots * heads * count,)](
+            u, columns, self.plan.table, states, out, self.plan.columns, self.plan.pad, self.heads, groups, count,
+            AT_END=at_end, ALWAYS=always, D=self.d, W=self.block, E=self.e, BM=tile.rows,
+            BE=self.e if max(self.d, self.e) <= 128 else min(self.e, 64),
+            **self.precision, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+        return out
+
     def read(self) -> Tensor:
         """y ``[B, T, Hq, e]``, padded in e."""
         y = torch.empty(*self.q.shape[:-1], self.e, dtype=self.v.dtype, device=self.device)
-        tile, reads = self.tiles.read, self.reads_state
-        block = min(self.e, 128)
-        count = self.tile_count(tile)
+        tile, reads, always = self.tiles.attend, self.reads_state, self.call.memory is not None
+        partial = None
+        if reads:
+            partial = self.read_states(
+                self.q, self.query_columns, self.entering[0], self.groups, at_end=False, always=always, scale=True
+            )
+        block, count = min(self.e, 128), self.tile_count(tile)
         _kernels("forward").read_kernel[self.plan.slots * self.heads * self.groups * count, self.e // block](
-            self.q, self.query_columns if reads else None, self.k, self.v, self.gates, self.plan.table,
-            self.entering[0] if reads else None, self.entering_moments[0] if reads else None, y,
-            self.plan.columns, self.plan.pad, self.tokens, self.heads, self.groups, count,
-            HAS_GATES=self.has_gates, HAS_STATE=reads, HAS_INITIAL=self.call.memory is not None, P=self.call.p,
-            NOISE=_NOISE, D=self.d, W=self.block, E=self.e, BM=tile.rows, BN=tile.steps, BE=block,
+            self.q, self.k, self.v, self.gates, self.plan.table, partial, self.entering_moments[0] if reads else None, y,
+            self.tokens, self.heads, self.groups, count,
+            HAS_GATES=self.has_gates, HAS_STATE=reads, HAS_INITIAL=always, P=self.call.p,
+            NOISE=_NOISE, D=self.d, E=self.e, BM=tile.rows, BN=tile.steps, BE=block,
             **self.precision, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         return y
@@ -317,15 +349,18 @@ class _Gradients:
         dn = torch.empty_like(self.dy, dtype=dn_dtype)
         decayed = torch.empty_like(dn) if run.has_gates and run.reads_state else dn
         out = _QueryGradients(torch.empty_like(run.q), dn, decayed, run.new(*rows), run.new(*rows), run.new(*rows))
-        reads, tile = run.reads_state, run.tiles.query_grad
+        reads, tile, always = run.reads_state, run.tiles.query_grad, self.call.memory is not None
+        partial = None
+        if reads:
+            partial = run.contract_states(
+                self.dy, run.query_columns, run.entering[0], run.groups, at_end=False, always=always
+            )
         count = run.tile_count(tile)
         _kernels("backward").query_grad_kernel[(run.plan.slots * run.heads * run.groups * count,)](
-            run.q, run.query_columns if reads else None, run.k, run.v, self.dy, run.gates, run.plan.table,
-            run.entering[0] if reads else None, run.entering_moments[0] if reads else None,
-            out.dq, out.dn, out.dn_decayed, out.dz, out.peaks, out.flow,
-            run.plan.columns, run.plan.pad, run.tokens, run.heads, run.groups, count,
-            HAS_GATES=run.has_gates, HAS_STATE=reads, HAS_INITIAL=self.call.memory is not None, P=self.call.p,
-            NOISE=_NOISE, D=run.d, W=run.block, E=run.e, BM=tile.rows, BN=tile.steps, BE=run.e if run.e <= 128 else 64,
+            run.q, run.k, run.v, self.dy, run.gates, run.plan.table, partial, run.entering_moments[0] if reads else None,
+            out.dq, out.dn, out.dn_decayed, out.dz, out.peaks, out.flow, run.tokens, run.heads, run.groups, count,
+            HAS_GATES=run.has_gates, HAS_STATE=reads, HAS_INITIAL=always, P=self.call.p,
+            NOISE=_NOISE, D=run.d, E=run.e, BM=tile.rows, BN=tile.steps,
             **run.precision, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         return out
@@ -354,12 +389,17 @@ class _Gradients:
         flow = run.new(run.heads, run.tokens)
         tile = run.tiles.value_grad if values else run.tiles.key_grad
         count = run.tile_count(tile)
+        partial, always = None, self.d_memory is not None
+        if self.has_state and values:
+            partial = run.read_states(run.k, run.key_columns, leaving[0], 1, at_end=True, always=always, scale=False)
+        elif self.has_state:
+            partial = run.contract_states(run.v, run.key_columns, leaving[0], 1, at_end=True, always=always)
         _kernels("backward").key_grad_kernel[(run.plan.slots * run.heads * count,)](
-            run.scaled_queries, run.k, run.key_columns if self.has_state else None, run.v, of_query.dn, of_query.dz,
-            of_query.peaks, run.gates, run.plan.table, leaving[0], leaving[1], grad, flow,
-            run.plan.columns, run.plan.pad, run.tokens, run.heads, run.groups, count,
-            VALUES=values, HAS_GATES=run.has_gates, HAS_STATE=self.has_state, HAS_FINAL=self.d_memory is not None,
-            P=self.call.p, D=run.d, W=run.block, E=run.e, BM=tile.rows, BN=tile.steps, BE=run.e if run.e <= 128 else 64, **run.precision, num_warps=tile.warps, num_stages=tile.stages,
+            run.scaled_queries, run.k, run.v, of_query.dn, of_query.dz, of_query.peaks, run.gates, run.plan.table,
+            partial, leaving[1], grad, flow, run.tokens, run.heads, run.groups, count,
+            VALUES=values, HAS_GATES=run.has_gates, HAS_STATE=self.has_state, HAS_FINAL=always,
+            P=self.call.p, D=run.d, E=run.e, BM=tile.rows, BN=tile.steps,
+            **run.precision, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         return grad, flow
 

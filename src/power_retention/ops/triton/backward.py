@@ -20,39 +20,56 @@ from power_retention.ops.triton.common import (
     split_dot,
     trace,
 )
-from power_retention.ops.triton.forward import read_state
 
 
-@triton.jit
-def contract_state(
-    u, tile, rows, valid, head, all_heads, xt, column, columns, state, acc, present,
-    D: tl.constexpr, W: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BE: tl.constexpr, CT: tl.constexpr,
-    PREC: tl.constexpr,
+@triton.jit(do_not_specialize=["tiles"])
+def contract_state_kernel(
+    u, xt, table, states, partial, columns, pad, heads, groups, tiles,
+    AT_END: tl.constexpr, ALWAYS: tl.constexpr, D: tl.constexpr, W: tl.constexpr, E: tl.constexpr,
+    BM: tl.constexpr, BE: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """acc + the gradient of u·(φ(x)·state) with respect to x, 2 Σ_b x_b (u·S_ab), nothing unless ``present``.
+    """partial [tokens, heads·groups, D] float32 = gradient of u·(φ(x)·state) with respect to x, 2 Σ_b x_b (u·S_ab).
 
-    ``tile`` is u's tile [BM, E] where it is taken whole (BE = E).  Each pair is met from both sides: twice the products of
-    a sum over pairs, but no operand ever has to be rolled back.
+    Unwritten where a slot has no state.  Each pair is met from both sides: twice the products of a sum over pairs, but no
+    operand ever has to be rolled back.
     """
+    program = tl.program_id(0)
+    inner = program % (groups * tiles)
+    outer = program // (groups * tiles)
+    head = (outer % heads).to(tl.int64)
+    slot = (outer // heads).to(tl.int64)
+    tile = inner // groups
+    source = head * groups + inner % groups
+    start = tl.load(table + slot * 4).to(tl.int64)
+    end = tl.load(table + slot * 4 + 1).to(tl.int64)
+    first = start + tile * BM
+    if first >= end:
+        return
+    if not ALWAYS and tl.load(table + slot * 4 + (3 if AT_END else 2)) != 0:
+        return
+    i = first + tl.arange(0, BM)
+    valid = i < end
     a = tl.arange(0, D)
-    token = xt + head * D * columns + column + tl.arange(0, BM)
+    rows = (i * (heads * groups) + source)[:, None]
+    state = states + (slot * heads + head) * (D * (D // 2 + 1) * E)
+    token = xt + source * D * columns + slot * pad + tile * BM + tl.arange(0, BM)
+    if BE == E:
+        left = tl.load(u + rows * E + tl.arange(0, E)[None, :], mask=valid[:, None], other=0.0).to(CT)
+    acc = tl.zeros([BM, D], tl.float32)
     factor = tl.load(token)
-    for b in range(tl.where(present, D, 0)):
+    for b in range(D):
         next_factor = tl.load(token + tl.minimum(b + 1, D - 1) * columns)
         row = block_row(a, b, D, W)
         product = tl.zeros([BM, D], tl.float32)
         for block in tl.static_range(E // BE):
             col = block * BE + tl.arange(0, BE)
-            if BE == E:
-                left = tile
-            else:
-                left = tl.load(u + (rows * all_heads + head)[:, None] * E + col[None, :], mask=valid[:, None], other=0.0)
-                left = left.to(CT)
+            if BE != E:
+                left = tl.load(u + rows * E + col[None, :], mask=valid[:, None], other=0.0).to(CT)
             s = tl.load(state + (row * E)[None, :] + col[:, None])
             product = tl.dot(left, s, product, input_precision=PREC)
         acc += product * factor.to(tl.float32)[:, None]
         factor = next_factor
-    return acc
+    tl.store(partial + rows * D + a[None, :], acc, mask=valid[:, None])
 
 
 @triton.jit
@@ -73,11 +90,9 @@ def contract_moment(
 
 @triton.jit(do_not_specialize=["tokens", "tiles"])
 def query_grad_kernel(
-    q, qt, k, v, dy, gates, table, states, moments, dq, dn, dn_decayed, dz, peaks, flow,
-    columns, pad, tokens, heads, groups, tiles,
+    q, k, v, dy, gates, table, partial, moments, dq, dn, dn_decayed, dz, peaks, flow, tokens, heads, groups, tiles,
     HAS_GATES: tl.constexpr, HAS_STATE: tl.constexpr, HAS_INITIAL: tl.constexpr, P: tl.constexpr, NOISE: tl.constexpr,
-    D: tl.constexpr, W: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr,
-    CT: tl.constexpr, PREC: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """dq of BM queries of one head, and what the other kernels need of them.
 
@@ -118,10 +133,7 @@ def query_grad_kernel(
     if HAS_STATE:
         here = slot * heads + head
         present = (at_start == 0) | HAS_INITIAL
-        num = contract_state(
-            dy, dout, i, valid, query_head, query_heads, qt, slot * pad + tile * BM, columns,
-            states + here * (D * (D // 2 + 1) * E), num, present, D, W, E, BM, BE, CT, PREC,
-        )  # fmt: skip
+        num += tl.load(partial + own * D + d[None, :], mask=valid[:, None] & present, other=0.0)
         moment = moments + here * (D * D)
         den = read_normalizer(q, i, valid, query_head, query_heads, scale, moment, D, BM, CT, PREC)
         slope_sum = contract_moment(q, i, valid, query_head, query_heads, scale, moment, D, BM, CT, PREC)
@@ -206,12 +218,11 @@ def query_grad_kernel(
 
 @triton.jit(do_not_specialize=["tokens", "tiles"])
 def key_grad_kernel(
-    q, k, kt, v, dn, dz, peaks, gates, table, states, moments, grad, flow, columns, pad, tokens, heads, groups, tiles,
+    q, k, v, dn, dz, peaks, gates, table, partial, moments, grad, flow, tokens, heads, groups, tiles,
     VALUES: tl.constexpr, HAS_GATES: tl.constexpr, HAS_STATE: tl.constexpr, HAS_FINAL: tl.constexpr, P: tl.constexpr,
-    D: tl.constexpr, W: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr,
-    CT: tl.constexpr, PREC: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """dv (VALUES) or dk of BM tokens of one key/value head; ``states`` are the gradients of what leaves each slot.
+    """dv (VALUES) or dk of BM tokens of one key/value head; ``partial`` is what comes to them through the state.
 
     q [tokens, heads·groups, D] is scaled already; flow [heads, tokens] receives k·dk.
     """
@@ -242,18 +253,12 @@ def key_grad_kernel(
         root_j = tl.exp((tl.minimum(edge - gate_j, 0.0) / P).to(tl.float32))
     if HAS_STATE:
         here = slot * heads + head
-        state = states + here * (D * (D // 2 + 1) * E)
         present = (at_end == 0) | HAS_FINAL
-        column = slot * pad + tile * BM
         ones = tl.full([BM], 1.0, tl.float32)
         if VALUES:
-            acc = read_state(
-                k, j, valid, head, heads, ones, kt, column, columns, state, acc, e, present, D, W, E, BM, CT, PREC
-            )
+            acc += tl.load(partial + (j * heads + head)[:, None] * E + e[None, :], mask=valid[:, None] & present, other=0.0)
         else:
-            acc = contract_state(
-                v, value, j, valid, head, heads, kt, column, columns, state, acc, present, D, W, E, BM, BE, CT, PREC
-            )
+            acc += tl.load(partial + (j * heads + head)[:, None] * D + d[None, :], mask=valid[:, None] & present, other=0.0)
             acc += contract_moment(k, j, valid, head, heads, ones, moments + here * (D * D), D, BM, CT, PREC)
         if HAS_GATES:
             acc *= tl.exp((gate_end - gate_j).to(tl.float32))[:, None]

@@ -16,10 +16,10 @@ from power_retention.ops.triton.common import (
 
 @triton.jit
 def read_state(
-    x, rows, valid, head, all_heads, scale, xt, column, columns, state, acc, col, present,
+    x, rows, valid, head, all_heads, scale, xt, column, columns, state, acc, col,
     D: tl.constexpr, W: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """acc + φ(x)·state, nothing unless ``present``.
+    """acc + φ(x)·state.
 
     One block of W columns of x stays in registers as a product's operand; what it is multiplied with is streamed.
     """
@@ -30,7 +30,7 @@ def read_state(
         left = tl.load(address + (block * W + i)[None, :], mask=valid[:, None], other=0.0)
         left = (left.to(tl.float32) * scale[:, None]).to(CT)
         # Pairs within the block.  States are stored doubled: squares count once, and the last roll meets each pair twice.
-        for o in range(tl.where(present, W // 2 + 1, 0)):
+        for o in range(W // 2 + 1):
             rotated = token[None, :] + (block * W + (i + o) % W)[:, None] * columns
             right = tl.trans(tl.load(rotated).to(CT)) * tl.where((o == 0) | (o == W // 2), 0.5, 1.0).to(CT)
             s = tl.load(state + (o * D + block * W + i)[:, None] * E + col[None, :])
@@ -43,7 +43,7 @@ def read_state(
             last = D - (block + 1) * W - 1
             even = tl.load(later)
             odd = tl.load(later + columns)
-            for n in range(0, tl.where(present, last + 1, 0), 2):
+            for n in range(0, last + 1, 2):
                 next_even = tl.load(later + tl.minimum(n + 2, last) * columns)
                 next_odd = tl.load(later + tl.minimum(n + 3, last) * columns)
                 s = tl.load(base + (n * W + i)[:, None] * E + col[None, :])
@@ -55,17 +55,54 @@ def read_state(
     return acc
 
 
-@triton.jit(do_not_specialize=["tokens", "tiles"])
-def read_kernel(
-    q, qt, k, v, gates, table, states, moments, y, columns, pad, tokens, heads, groups, tiles,
-    HAS_GATES: tl.constexpr, HAS_STATE: tl.constexpr, HAS_INITIAL: tl.constexpr, P: tl.constexpr, NOISE: tl.constexpr,
-    D: tl.constexpr, W: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr,
-    CT: tl.constexpr, PREC: tl.constexpr,
+@triton.jit(do_not_specialize=["tiles"])
+def read_state_kernel(
+    x, xt, table, states, partial, columns, pad, heads, groups, tiles,
+    AT_END: tl.constexpr, ALWAYS: tl.constexpr, SCALE: tl.constexpr, D: tl.constexpr, W: tl.constexpr, E: tl.constexpr,
+    BM: tl.constexpr, BE: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """y [tokens, heads·groups, E] of BM queries of one head, BE value columns.
+    """partial [tokens, heads·groups, E] float32 = φ(x)·state, left unwritten where a slot has no state.
 
+    A kernel of its own: with the attention's registers in the same function, the products of its loops no longer overlap.
     Programs that read the same state are neighbours, so that it comes from L2.
     """
+    program = tl.program_id(0)
+    inner = program % (groups * tiles)
+    outer = program // (groups * tiles)
+    head = (outer % heads).to(tl.int64)
+    slot = (outer // heads).to(tl.int64)
+    tile = inner // groups
+    row = head * groups + inner % groups
+    start = tl.load(table + slot * 4).to(tl.int64)
+    end = tl.load(table + slot * 4 + 1).to(tl.int64)
+    first = start + tile * BM
+    if first >= end:
+        return
+    if not ALWAYS and tl.load(table + slot * 4 + (3 if AT_END else 2)) != 0:
+        return
+    i = first + tl.arange(0, BM)
+    valid = i < end
+    col = tl.program_id(1) * BE + tl.arange(0, BE)
+    all_heads = heads * groups
+    scale = tl.full([BM], 1.0, tl.float32)
+    if SCALE:
+        address = x + (i * all_heads + row)[:, None] * D + tl.arange(0, D)[None, :]
+        scale = power_of_two_scale(tl.load(address, mask=valid[:, None], other=0.0))
+    state = states + (slot * heads + head) * (D * (D // 2 + 1) * E)
+    acc = tl.zeros([BM, BE], tl.float32)
+    acc = read_state(
+        x, i, valid, row, all_heads, scale, xt, slot * pad + tile * BM, columns, state, acc, col, D, W, E, BM, CT, PREC
+    )
+    tl.store(partial + (i * all_heads + row)[:, None] * E + col[None, :], acc, mask=valid[:, None])
+
+
+@triton.jit(do_not_specialize=["tokens", "tiles"])
+def read_kernel(
+    q, k, v, gates, table, partial, moments, y, tokens, heads, groups, tiles,
+    HAS_GATES: tl.constexpr, HAS_STATE: tl.constexpr, HAS_INITIAL: tl.constexpr, P: tl.constexpr, NOISE: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """y [tokens, heads·groups, E] of BM queries of one head, BE value columns; ``partial`` is what they read of their state."""
     program = tl.program_id(0)
     inner = program % (groups * tiles)
     outer = program // (groups * tiles)
@@ -98,10 +135,8 @@ def read_kernel(
     if HAS_STATE:
         here = slot * heads + head
         present = (at_start == 0) | HAS_INITIAL
-        acc = read_state(
-            q, i, valid, query_head, query_heads, scale, qt, slot * pad + tile * BM, columns,
-            states + here * (D * (D // 2 + 1) * E), acc, col, present, D, W, E, BM, CT, PREC,
-        )  # fmt: skip
+        out = partial + (i * query_heads + query_head)[:, None] * E + col[None, :]
+        acc = tl.load(out, mask=valid[:, None] & present, other=0.0)
         den = read_normalizer(q, i, valid, query_head, query_heads, scale, moments + here * (D * D), D, BM, CT, PREC)
         noise = NOISE * trace(moments + here * (D * D), D) * square
         if HAS_GATES:

@@ -84,27 +84,39 @@ class Tiles:
 
     accumulate: Tile
     read: Tile
+    attend: Tile
+    contract: Tile
     query_grad: Tile
     key_grad: Tile
     value_grad: Tile
     block: int = 32
 
 
+_MEDIUM = Tile(64, 64, 4, 2)
 _HOPPER = {
-    16: Tiles(Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), 16),
-    32: Tiles(Tile(128, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), 32),
-    64: Tiles(Tile(64, 64, 4, 3), Tile(256, 32, 8, 3), Tile(128, 32, 8, 3), Tile(128, 32, 8, 3), Tile(256, 32, 8, 3), 32),
-    128: Tiles(Tile(128, 64, 4, 3), Tile(256, 32, 8, 3), Tile(128, 32, 8, 2), Tile(64, 32, 4, 2), Tile(256, 32, 8, 3), 32),
-    256: Tiles(Tile(128, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), 32),
-}
+    16: Tiles(Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), _MEDIUM, _MEDIUM, _MEDIUM, _MEDIUM, _MEDIUM, 16),
+    32: Tiles(Tile(128, 64, 4, 3), Tile(64, 64, 4, 3), _MEDIUM, _MEDIUM, _MEDIUM, _MEDIUM, _MEDIUM, 32),
+    64: Tiles(
+        accumulate=Tile(128, 64, 4, 3), read=Tile(256, 64, 8, 3), attend=Tile(128, 64, 4, 3), contract=Tile(128, 64, 8, 3),
+        query_grad=Tile(128, 32, 4, 3), key_grad=Tile(128, 32, 4, 3), value_grad=Tile(128, 32, 4, 3), block=32,
+    ),
+    128: Tiles(
+        accumulate=Tile(256, 64, 8, 3), read=Tile(256, 64, 8, 3), attend=Tile(128, 64, 8, 3), contract=Tile(128, 64, 8, 3),
+        query_grad=Tile(128, 32, 8, 3), key_grad=Tile(128, 32, 8, 3), value_grad=Tile(128, 64, 8, 3), block=32,
+    ),
+    256: Tiles(
+        Tile(128, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1),
+        Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), 32,
+    ),
+}  # fmt: skip
 _SMALL = Tile(32, 32, 4, 1)
 _TINY = Tile(16, 16, 4, 1)
-_ANY = dict.fromkeys((16, 32, 64, 128), Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), _SMALL, _SMALL, _SMALL, 32)) | {
-    256: Tiles(Tile(64, 32, 4, 1), _SMALL, _TINY, _TINY, _TINY, 32)
-}
-_WIDE_OPERANDS = dict.fromkeys((16, 32, 64, 128), Tiles(Tile(64, 32, 4, 2), _SMALL, _SMALL, _SMALL, _SMALL, 16)) | {
-    256: Tiles(Tile(64, 32, 8, 1), _TINY, _TINY, _TINY, _TINY, 16)
-}
+_ANY = dict.fromkeys(
+    (16, 32, 64, 128), Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), _SMALL, _SMALL, _SMALL, _SMALL, _SMALL, 32)
+) | {256: Tiles(Tile(64, 32, 4, 1), _SMALL, _TINY, _TINY, _TINY, _TINY, _TINY, 32)}
+_WIDE_OPERANDS = dict.fromkeys(
+    (16, 32, 64, 128), Tiles(Tile(64, 32, 4, 2), _SMALL, _SMALL, _SMALL, _SMALL, _SMALL, _SMALL, 16)
+) | {256: Tiles(Tile(64, 32, 8, 1), _TINY, _TINY, _TINY, _TINY, _TINY, _TINY, 16)}
 WIDTHS = tuple(_HOPPER)
 """Key and value widths that have kernels; others are padded to the next."""
 

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from power_retention.ops import PowerState, expand, power_retention
+from power_retention.ops.backends import fused_step
+from power_retention.ops.reference import recurrent_form
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,30 @@ def failures(case: Case, device: str) -> list[str]:
     return wrong
 
 
+def decoding_failures(device: str) -> list[str]:
+    """Twelve tokens decoded in place by the fused kernel against the float64 recurrence."""
+    generator = torch.Generator().manual_seed(0)
+    wrong = []
+    for d, e, gated, dtype in ((16, 16, True, torch.float32), (12, 20, False, torch.float32), (32, 16, True, torch.float16)):
+        q, k, v = (torch.randn(2, 12, n, w, generator=generator).to(dtype) for n, w in ((4, d), (2, d), (2, e)))
+        log_g = -torch.rand(2, 12, 2, generator=generator) if gated else None
+        expected, final = recurrent_form(q, k, v, log_g)
+        state = PowerState.empty(2, 2, d, e, device=device)
+        os.environ["POWER_RETENTION_BACKEND"] = "triton"
+        for t in range(12):
+            token = [x[:, t].to(device) for x in (q, k, v)]
+            gates = None if log_g is None else log_g[:, t].to(device)
+            y = fused_step(*token, gates, state.memory, state.normalizer)
+            if y is None:
+                return ["no kernel took the call"]
+            pairs = [(y, expected[:, t])]
+            if t == 11:
+                pairs += [(state.memory, final.memory), (state.normalizer, final.normalizer)]
+            errors = [float((x.cpu().double() - want).norm() / want.norm()) for x, want in pairs]
+            wrong += [f"decoding {d}x{e}, token {t}: {x:.1e}" for x in errors if not x <= TOLERANCES[dtype]]
+    return wrong
+
+
 def poison(empty: Any) -> Any:
     """``torch.empty`` whose memory is NaN: a kernel that leaves something unwritten is found out."""
 
@@ -116,6 +142,10 @@ def main(device: str, names: list[str]) -> int:
         wrong = failures(CASES[name], device)
         bad += bool(wrong)
         print(f"{name}: {'; '.join(wrong) or 'right'}", flush=True)
+    if not names:
+        wrong = decoding_failures(device)
+        bad += bool(wrong)
+        print(f"decoding: {'; '.join(wrong) or 'right'}", flush=True)
     return bad
 
 

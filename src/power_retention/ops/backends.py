@@ -110,6 +110,23 @@ def choose_backend(call: Call) -> Backend:
     raise BackendError(f"No backend can run this call ({'; '.join(refusals)}).")
 
 
+def fused_step(
+    q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None, memory: Tensor, normalizer: Tensor
+) -> Tensor | None:
+    """One token of decoding at p = 2 by the first backend that has a kernel for it, extending the state in place.
+
+    Shapes as in :func:`power_retention_step`.  None where no backend has one: nothing was touched then.
+    """
+    wanted = os.environ.get("POWER_RETENTION_BACKEND")
+    for backend in _BACKENDS:
+        step = getattr(backend, "step", None)
+        if step is not None and wanted in (None, "", backend.name):
+            y: Tensor | None = step(q, k, v, log_g, memory, normalizer)
+            if y is not None:
+                return y
+    return None
+
+
 _reported: set[tuple[str, ...]] = set()
 
 

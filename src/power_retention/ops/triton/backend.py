@@ -65,6 +65,41 @@ class TritonBackend:
         with _on(call.q.device):
             return _Gradients(_Run(call), dy, d_memory, d_normalizer).all()
 
+    def step(
+        self, q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None, memory: Tensor, normalizer: Tensor
+    ) -> Tensor | None:
+        """One token of decoding at p = 2, the state extended in place; None where there is no kernel for it.
+
+        Args:
+            q: ``[B, Hq, d]``; k ``[B, H, d]``; v ``[B, H, e]``; log_g ``[B, H]`` or None.
+            memory: ``[B, H, D, e]`` and normalizer ``[B, H, D]``, contiguous; any floating dtype.
+        """
+        (batch, heads, d), e, groups = k.shape, v.shape[-1], q.shape[1] // k.shape[1]
+        contiguous = memory.is_contiguous() and normalizer.is_contiguous()
+        if q.device.type not in self.devices or torch.float64 in (q.dtype, memory.dtype) or not contiguous:
+            return None
+        if max(d, e) > WIDTHS[-1] or batch * heads > 65535:
+            return None
+        rows = state_width(d)
+        block = 64 if batch * heads <= 32 else 128
+        splits, wide = -(-rows // block), 1 << (e - 1).bit_length()
+        y = torch.empty(batch, heads * groups, e, dtype=v.dtype, device=q.device)
+        partial = torch.empty(batch * heads * splits * groups * (wide + 2), dtype=torch.float32, device=q.device)
+        with _on(q.device):
+            _kernels("decode").decode_kernel[splits, batch * heads](
+                q.contiguous(), k.contiguous(), v.contiguous(), None if log_g is None else log_g.contiguous(),
+                memory, normalizer, partial, _arrivals(batch * heads, q.device), y, heads, splits,
+                HAS_GATES=log_g is not None, FORGET=_FORGET, NOISE=_NOISE, GROUPS=groups, D=d,
+                DP=1 << (d - 1).bit_length(), E=e, EP=wide, BR=block, SPLITS=1 << (splits - 1).bit_length(), num_warps=4,
+            )  # fmt: skip
+        return y
+
+
+@lru_cache
+def _arrivals(size: int, device: torch.device) -> Tensor:
+    """Counters of finished programs, zero between launches; calls on different streams must not overlap."""
+    return torch.zeros(size, dtype=torch.int32, device=device)
+
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

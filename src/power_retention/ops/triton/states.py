@@ -58,14 +58,16 @@ def accumulate_kernel(
             tl.store(states + here, (acc * 2).to(states.dtype.element_ty), mask=own)
         if HAS_GATES:
             acc *= tl.exp(tl.load(gates + head * tokens + end - 1).to(tl.float32))
-        steps = (end - start + BT - 1) // BT
+        length = (end - start).to(tl.int32)
+        steps = groups * ((length + BT - 1) // BT)
+        source = head * groups
+        place = 0
         if far:
             # BR/W columns times the W of one block: few rows to load, many products.
             block = tl.load(order + top) + tl.arange(0, W)
             single = tl.load(order + ROWS + top) + tl.arange(0, BR // W)
-            for step in range(groups * steps):
-                source = head * groups + step // steps
-                t = (step % steps) * BT + tl.arange(0, BT)
+            for _ in range(steps):
+                t = place + tl.arange(0, BT)
                 column = xt + source * D * columns + (slot * pad + t)[None, :]
                 left = tl.load(column + single[:, None] * columns).to(CT)
                 right = tl.load(column + block[:, None] * columns).to(CT)
@@ -74,10 +76,13 @@ def accumulate_kernel(
                 values = u + (token * (heads * groups) + source)[:, None] * E + col[None, :]
                 weighted = tl.load(values, mask=(token < end)[:, None], other=0.0).to(CT)
                 acc = tl.dot(phi, weighted, acc, input_precision=PREC)
+                # On to the next tile, or to the next query head's first: no division in this loop.
+                wrap = place + BT >= length
+                source += wrap.to(tl.int64)
+                place = tl.where(wrap, 0, place + BT)
         else:
-            for step in range(groups * steps):
-                source = head * groups + step // steps
-                t = (step % steps) * BT + tl.arange(0, BT)
+            for _ in range(steps):
+                t = place + tl.arange(0, BT)
                 column = xt + source * D * columns + (slot * pad + t)[None, :]
                 left = tl.load(column + a[:, None] * columns).to(CT)
                 right = tl.load(column + b[:, None] * columns).to(CT)
@@ -85,6 +90,9 @@ def accumulate_kernel(
                 values = u + (token * (heads * groups) + source)[:, None] * E + col[None, :]
                 weighted = tl.load(values, mask=(token < end)[:, None], other=0.0).to(CT)
                 acc = tl.dot(left * right, weighted, acc, input_precision=PREC)
+                wrap = place + BT >= length
+                source += wrap.to(tl.int64)
+                place = tl.where(wrap, 0, place + BT)
         if FLOWS:
             entering = tl.load(other + here, mask=own, other=0.0).to(tl.float32)
             # A pair of two columns counts twice, in one row or in two; the stored states have their factor of two.

@@ -341,8 +341,8 @@ class _Run:
 @dataclass
 class _QueryGradients:
     dq: Tensor  # [B, T, Hq, d]
-    dn: Tensor  # [B, T, Hq, e], of the numerators
-    dn_decayed: Tensor  # the same times exp(G_i)
+    dn: Tensor  # [B, T, Hq, e], of the numerators, times exp(G_i); empty where no state has a gradient
+    inverses: Tensor  # [Hq, tokens], of the denominators
     dz: Tensor  # [Hq, tokens], of the denominators
     peaks: Tensor  # [Hq, tokens]
     flow: Tensor  # [Hq, tokens], q·dq
@@ -379,11 +379,9 @@ class _Gradients:
 
     def _query(self) -> _QueryGradients:
         run = self.run
-        dn_dtype = run.state_dtype
         rows = (run.query_heads, run.tokens)
-        dn = torch.empty_like(self.dy, dtype=dn_dtype)
-        decayed = torch.empty_like(dn) if run.has_gates and run.reads_state else dn
-        out = _QueryGradients(torch.empty_like(run.q), dn, decayed, run.new(*rows), run.new(*rows), run.new(*rows))
+        dn = torch.empty_like(self.dy, dtype=run.state_dtype) if self.has_state else run.new(0)
+        out = _QueryGradients(torch.empty_like(run.q), dn, *(run.new(*rows) for _ in range(4)))
         reads, tile, always = run.reads_state, run.tiles.query_grad, self.call.memory is not None
         partial = None
         if reads:
@@ -393,9 +391,9 @@ class _Gradients:
         count = run.tile_count(tile)
         _kernels("backward").query_grad_kernel[(run.plan.slots * run.heads * run.groups * count,)](
             run.q, run.k, run.v, self.dy, run.gates, run.plan.table, partial, run.entering_moments[0] if reads else None,
-            out.dq, out.dn, out.dn_decayed, out.dz, out.peaks, out.flow, run.tokens, run.heads, run.groups, count,
-            HAS_GATES=run.has_gates, HAS_STATE=reads, HAS_INITIAL=always, P=self.call.p,
-            NOISE=_NOISE, D=run.d, E=run.e, BM=tile.rows, BN=tile.steps,
+            out.dq, out.dn, out.inverses, out.dz, out.peaks, out.flow, run.tokens, run.heads, run.groups, count,
+            HAS_GATES=run.has_gates, HAS_STATE=reads, HAS_INITIAL=always, WITH_DN=self.has_state,
+            P=self.call.p, NOISE=_NOISE, D=run.d, E=run.e, BM=tile.rows, BN=tile.steps,
             **run.precision, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         return out
@@ -407,7 +405,7 @@ class _Gradients:
         if not self.has_state:
             return (nothing, nothing), (nothing, nothing), nothing
         states, d_initial, flows = run.accumulate(
-            run.query_columns, of_query.dn_decayed, run.groups, self.d_memory, keep_states=True,
+            run.query_columns, of_query.dn, run.groups, self.d_memory, keep_states=True,
             keep_final=call.memory is not None, other=run.entering[0] if run.has_gates and run.reads_state else None, reverse=True,
         )  # fmt: skip
         moments, d_moment = run.moments(run.query_columns, of_query.dz, run.groups, self.d_moment, reverse=True)
@@ -430,7 +428,7 @@ class _Gradients:
         elif self.has_state:
             partial = run.contract_states(run.v, run.key_columns, leaving[0], 1, at_end=True, always=always)
         _kernels("backward").key_grad_kernel[(run.plan.slots * run.heads * count,)](
-            run.scaled_queries, run.k, run.v, of_query.dn, of_query.dz, of_query.peaks, run.gates, run.plan.table,
+            run.scaled_queries, run.k, run.v, self.dy, of_query.inverses, of_query.dz, of_query.peaks, run.gates, run.plan.table,
             partial, leaving[1], grad, flow, run.tokens, run.heads, run.groups, count,
             VALUES=values, HAS_GATES=run.has_gates, HAS_STATE=self.has_state, HAS_FINAL=always,
             P=self.call.p, D=run.d, E=run.e, BM=tile.rows, BN=tile.steps,

@@ -1,9 +1,9 @@
 """Gradients, with nothing kept from the forward pass but its inputs.
 
 With y = N/Z (numerator over denominator, the noise level counting as a constant) the gradients of N and Z are dN = dy·inv and
-dZ = (dy·N)·inv'.  N is homogeneous of degree p in the query, so dy·N = q·∂(dy·N)/∂q / p: the query kernel finds it from the very
-gradient that it computes, and the output is needed nowhere.  Homogeneity gives the gates too: the gradient of the
-cumulative log gate is (q·dq − k·dk) / p per token.
+dZ = (dy·N)·inv'.  The state's part of N is homogeneous of degree p in the query, so its part of dy·N is q·∂(dy·N)/∂q / p: found
+from the gradient that is computed anyway.  Homogeneity gives the gates too: the gradient of the cumulative log gate is
+(q·dq − k·dk) / p per token.
 """
 
 from __future__ import annotations
@@ -88,16 +88,52 @@ def contract_moment(
     return acc * 2
 
 
+@triton.jit
+def query_tile(
+    queries, dout, k, v, gates, gate_i, shrink, i, n, first, end, head, heads, tokens,
+    DIAGONAL: tl.constexpr, HAS_GATES: tl.constexpr, P: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BN: tl.constexpr,
+    CT: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """(keys [D, BN], gradients of the weights before the ratio, bases, what the scores were multiplied with) of one tile."""
+    j = n + tl.arange(0, BN)
+    inside = j < end
+    d = tl.arange(0, D)
+    e = tl.arange(0, E)
+    address = (j * heads + head)[None, :]
+    if DIAGONAL:
+        kt = tl.load(k + address * D + d[:, None], mask=inside[None, :], other=0.0).to(CT)
+        vt = tl.load(v + address * E + e[:, None], mask=inside[None, :], other=0.0).to(CT)
+        root = tl.where((i[:, None] >= j[None, :]) & inside[None, :], shrink[:, None], 0.0)
+        if HAS_GATES:
+            gate_j = tl.load(gates + head * tokens + j, mask=inside, other=0.0)
+            edge = tl.load(gates + head * tokens + first)
+            near = (gate_i - edge).to(tl.float32)[:, None] - (gate_j - edge).to(tl.float32)[None, :]
+            root *= tl.exp(tl.minimum(near, 0.0) / P)
+    else:
+        kt = tl.load(k + address * D + d[:, None]).to(CT)
+        vt = tl.load(v + address * E + e[:, None]).to(CT)
+        root = shrink[:, None]
+        if HAS_GATES:
+            gate_j = tl.load(gates + head * tokens + j)
+            edge = tl.load(gates + head * tokens + n + BN - 1)
+            root *= tl.exp((tl.minimum(gate_i - edge, 0.0) / P).to(tl.float32))[:, None]
+            root *= tl.exp(((edge - gate_j) / P).to(tl.float32))[None, :]
+    base = tl.dot(queries, kt, input_precision=PREC) * root
+    dw = tl.dot(dout, vt, input_precision=PREC)
+    return kt, dw, base, root
+
+
 @triton.jit(do_not_specialize=["tokens", "tiles"])
 def query_grad_kernel(
-    q, k, v, dy, gates, table, partial, moments, dq, dn, dn_decayed, dz, peaks, flow, tokens, heads, groups, tiles,
-    HAS_GATES: tl.constexpr, HAS_STATE: tl.constexpr, HAS_INITIAL: tl.constexpr, P: tl.constexpr, NOISE: tl.constexpr,
-    D: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
+    q, k, v, dy, gates, table, partial, moments, dq, dn, inverses, dz, peaks, flow, tokens, heads, groups, tiles,
+    HAS_GATES: tl.constexpr, HAS_STATE: tl.constexpr, HAS_INITIAL: tl.constexpr, WITH_DN: tl.constexpr, P: tl.constexpr,
+    NOISE: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """dq of BM queries of one head, and what the other kernels need of them.
 
-    dn [tokens, heads·groups, E]: gradient of the numerators, dn_decayed the same times exp(G_i); dz [heads·groups, tokens]:
-    gradient of the denominators; peaks, same shape: the largest base of each row (p > 2); flow, same shape: q·dq.
+    dn [tokens, heads·groups, E]: gradient of the numerators times exp(G_i), where states are to have gradients (WITH_DN);
+    inverses [heads·groups, tokens]; dz, same shape: gradient of the denominators; peaks, same shape: the largest base of
+    each row (p > 2); flow, same shape: q·dq.
     """
     program = tl.program_id(0)
     inner = program % (groups * tiles)
@@ -124,34 +160,32 @@ def query_grad_kernel(
     square = tl.sum(wide * wide, 1)
     dout = tl.load(dy + own * E + e[None, :], mask=valid[:, None], other=0.0).to(CT)
 
-    num = tl.zeros([BM, D], tl.float32)
+    grad = tl.zeros([BM, D], tl.float32)
     den = tl.zeros([BM], tl.float32)
+    delta = tl.zeros([BM], tl.float32)
     noise = tl.zeros([BM], tl.float32)
     peak = tl.zeros([BM], tl.float32)
+    gate_i = tl.zeros([BM], tl.float64)
     if HAS_GATES:
         gate_i = tl.load(gates + head * tokens + i, mask=valid, other=0.0)
     if HAS_STATE:
         here = slot * heads + head
         present = (at_start == 0) | HAS_INITIAL
-        num += tl.load(partial + own * D + d[None, :], mask=valid[:, None] & present, other=0.0)
+        grad = tl.load(partial + own * D + d[None, :], mask=valid[:, None] & present, other=0.0)
+        delta = tl.sum(grad * wide, 1) / P
         moment = moments + here * (D * D)
         den = read_normalizer(q, i, valid, query_head, query_heads, scale, moment, D, BM, CT, PREC)
-        slope_sum = contract_moment(q, i, valid, query_head, query_heads, scale, moment, D, BM, CT, PREC)
         noise = NOISE * trace(moment, D) * square
         if HAS_GATES:
             decay = tl.exp(gate_i.to(tl.float32))
-            num *= decay[:, None]
-            slope_sum *= decay[:, None]
+            delta *= decay
             den *= decay
             noise *= decay
-    else:
-        slope_sum = tl.zeros([BM, D], tl.float32)
 
     # Read again rather than kept in registers through the loops above.
     raw = tl.load(q + own * D + d[None, :], mask=valid[:, None], other=0.0)
     queries = (raw.to(tl.float32) * scale[:, None]).to(CT)
     keys = k + head * D
-    values = v + head * E
     last = tl.minimum(first + BM, end)
     if P > 2:
         for n in range(start, last, BN):
@@ -165,60 +199,60 @@ def query_grad_kernel(
             peak = tl.maximum(peak, tl.max(tl.abs(base), 1))
         tl.store(peaks + query_head * tokens + i, peak, mask=valid)
     shrink = 1.0 / tl.where(peak == 0, 1.0, peak)
+    # First the sums of each row, in float32: where weights cancel in the ratio, they must do so before any rounding.
     for n in range(start, first, BN):
-        j = n + tl.arange(0, BN)
-        kt = tl.load(keys + (j * heads * D)[None, :] + d[:, None]).to(CT)
-        vt = tl.load(values + (j * heads * E)[None, :] + e[:, None]).to(CT)
-        base = tl.dot(queries, kt, input_precision=PREC)
-        dw = tl.dot(dout, vt, input_precision=PREC)
-        root_i = shrink
-        if HAS_GATES:
-            edge = tl.load(gates + head * tokens + n + BN - 1)
-            gate_j = tl.load(gates + head * tokens + j)
-            root_i *= tl.exp((tl.minimum(gate_i - edge, 0.0) / P).to(tl.float32))
-            root = root_i[:, None] * tl.exp(((edge - gate_j) / P).to(tl.float32))[None, :]
-        else:
-            root = root_i[:, None]
-        base *= root
-        slope = integer_power(base, P - 1) * root
-        den += tl.sum(integer_power(base, P), 1)
-        num = tl.dot((dw * slope * P).to(CT), tl.trans(kt), num, input_precision=PREC)
-        slope_sum = tl.dot((slope * P).to(CT), tl.trans(kt), slope_sum, input_precision=PREC)
+        _, dw, base, _ = query_tile(
+            queries, dout, k, v, gates, gate_i, shrink, i, n, first, end, head, heads, tokens,
+            False, HAS_GATES, P, D, E, BN, CT, PREC,
+        )  # fmt: skip
+        weight = integer_power(base, P)
+        den += tl.sum(weight, 1)
+        delta += tl.sum(weight * dw, 1)
     for n in range(first, last, BN):
-        j = n + tl.arange(0, BN)
-        kt = tl.load(keys + (j * heads * D)[None, :] + d[:, None], mask=(j < end)[None, :], other=0.0).to(CT)
-        vt = tl.load(values + (j * heads * E)[None, :] + e[:, None], mask=(j < end)[None, :], other=0.0).to(CT)
-        base = tl.dot(queries, kt, input_precision=PREC)
-        dw = tl.dot(dout, vt, input_precision=PREC)
-        root = tl.where((i[:, None] >= j[None, :]) & (j < end)[None, :], shrink[:, None], 0.0)
-        if HAS_GATES:
-            gate_j = tl.load(gates + head * tokens + j, mask=j < end, other=0.0)
-            edge = tl.load(gates + head * tokens + first)
-            near = (gate_i - edge).to(tl.float32)[:, None] - (gate_j - edge).to(tl.float32)[None, :]
-            root *= tl.exp(tl.minimum(near, 0.0) / P)
-        base *= root
-        slope = integer_power(base, P - 1) * root
-        den += tl.sum(integer_power(base, P), 1)
-        num = tl.dot((dw * slope * P).to(CT), tl.trans(kt), num, input_precision=PREC)
-        slope_sum = tl.dot((slope * P).to(CT), tl.trans(kt), slope_sum, input_precision=PREC)
-
+        _, dw, base, _ = query_tile(
+            queries, dout, k, v, gates, gate_i, shrink, i, n, first, end, head, heads, tokens,
+            True, HAS_GATES, P, D, E, BN, CT, PREC,
+        )  # fmt: skip
+        weight = integer_power(base, P)
+        den += tl.sum(weight, 1)
+        delta += tl.sum(weight * dw, 1)
     inverse, d_inverse = regular_inverse(den, noise)
+    d_den = delta * d_inverse
+    if HAS_STATE:
+        moment_grad = contract_moment(q, i, valid, query_head, query_heads, scale, moment, D, BM, CT, PREC)
+        grad = grad * inverse[:, None] + moment_grad * d_den[:, None]
+        if HAS_GATES:
+            grad *= decay[:, None]
+    for n in range(start, first, BN):
+        kt, dw, base, root = query_tile(
+            queries, dout, k, v, gates, gate_i, shrink, i, n, first, end, head, heads, tokens,
+            False, HAS_GATES, P, D, E, BN, CT, PREC,
+        )  # fmt: skip
+        ds = (dw * inverse[:, None] + d_den[:, None]) * integer_power(base, P - 1) * root * P
+        grad = tl.dot(ds.to(CT), tl.trans(kt), grad, input_precision=PREC)
+    for n in range(first, last, BN):
+        kt, dw, base, root = query_tile(
+            queries, dout, k, v, gates, gate_i, shrink, i, n, first, end, head, heads, tokens,
+            True, HAS_GATES, P, D, E, BN, CT, PREC,
+        )  # fmt: skip
+        ds = (dw * inverse[:, None] + d_den[:, None]) * integer_power(base, P - 1) * root * P
+        grad = tl.dot(ds.to(CT), tl.trans(kt), grad, input_precision=PREC)
+
     wide = queries.to(tl.float32)
-    d_den = tl.sum(num * wide, 1) / P * d_inverse
-    grad = num * inverse[:, None] + slope_sum * d_den[:, None]
     tl.store(dq + own * D + d[None, :], (grad * scale[:, None]).to(dq.dtype.element_ty), mask=valid[:, None])
+    tl.store(inverses + query_head * tokens + i, inverse, mask=valid)
     tl.store(dz + query_head * tokens + i, d_den, mask=valid)
     tl.store(flow + query_head * tokens + i, tl.sum(grad * wide, 1), mask=valid)
-    dn_tile = dout.to(tl.float32) * inverse[:, None]
-    tl.store(dn + own * E + e[None, :], dn_tile.to(dn.dtype.element_ty), mask=valid[:, None])
-    if HAS_GATES and HAS_STATE:
-        decayed = dn_tile * tl.exp(gate_i.to(tl.float32))[:, None]
-        tl.store(dn_decayed + own * E + e[None, :], decayed.to(dn.dtype.element_ty), mask=valid[:, None])
+    if WITH_DN:
+        dn_tile = dout.to(tl.float32) * inverse[:, None]
+        if HAS_GATES:
+            dn_tile *= tl.exp(gate_i.to(tl.float32))[:, None]
+        tl.store(dn + own * E + e[None, :], dn_tile.to(dn.dtype.element_ty), mask=valid[:, None])
 
 
 @triton.jit(do_not_specialize=["tokens", "tiles"])
 def key_grad_kernel(
-    q, k, v, dn, dz, peaks, gates, table, partial, moments, grad, flow, tokens, heads, groups, tiles,
+    q, k, v, dy, inverses, dz, peaks, gates, table, partial, moments, grad, flow, tokens, heads, groups, tiles,
     VALUES: tl.constexpr, HAS_GATES: tl.constexpr, HAS_STATE: tl.constexpr, HAS_FINAL: tl.constexpr, P: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
@@ -271,7 +305,7 @@ def key_grad_kernel(
             inside = i < end
             address = (i * (heads * groups) + row)[:, None]
             query = tl.load(q + address * D + d[None, :], mask=inside[:, None], other=0.0).to(CT)
-            d_num = tl.load(dn + address * E + e[None, :], mask=inside[:, None], other=0.0).to(CT)
+            dout = tl.load(dy + address * E + e[None, :], mask=inside[:, None], other=0.0).to(CT)
             base = tl.dot(key, tl.trans(query), input_precision=PREC)
             root = tl.where((j[:, None] <= i[None, :]) & inside[None, :], 1.0, 0.0)
             if HAS_GATES:
@@ -285,11 +319,12 @@ def key_grad_kernel(
                 peak = tl.load(peaks + row * tokens + i, mask=inside, other=0.0)
                 root *= (1.0 / tl.where(peak == 0, 1.0, peak))[None, :]
             base *= root
+            inverse = tl.load(inverses + row * tokens + i, mask=inside, other=0.0)[None, :]
             if VALUES:
-                acc = tl.dot(integer_power(base, P).to(CT), d_num, acc, input_precision=PREC)
+                acc = tl.dot((integer_power(base, P) * inverse).to(CT), dout, acc, input_precision=PREC)
             else:
                 d_den = tl.load(dz + row * tokens + i, mask=inside, other=0.0)
-                dw = tl.dot(value, tl.trans(d_num), input_precision=PREC) + d_den[None, :]
+                dw = tl.dot(value, tl.trans(dout), input_precision=PREC) * inverse + d_den[None, :]
                 ds = dw * integer_power(base, P - 1) * root * P
                 acc = tl.dot(ds.to(CT), query, acc, input_precision=PREC)
 

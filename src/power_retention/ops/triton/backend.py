@@ -45,6 +45,8 @@ class TritonBackend:
         for kind, width in widths.items():
             if width > WIDTHS[-1]:
                 return f"it has no kernel for {kind} heads wider than {WIDTHS[-1]}, these are {width} wide"
+        if call.q.dtype != torch.bfloat16 and max(widths.values()) > 128:
+            return "its kernels for heads wider than 128 are for bfloat16 only: others take minutes to compile"
         if call.chunk_size and call.p != 2 and (call.chunk_size < call.q.shape[1] or _has_states(call)):
             return f"its state kernels are for p = 2, not p = {call.p}"
         if call.runs > 65535:

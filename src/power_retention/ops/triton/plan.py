@@ -98,11 +98,11 @@ _HOPPER = {
     32: Tiles(Tile(128, 64, 4, 3), Tile(64, 64, 4, 3), _MEDIUM, _MEDIUM, _MEDIUM, _MEDIUM, _MEDIUM, 32),
     64: Tiles(
         accumulate=Tile(128, 64, 4, 3), read=Tile(128, 64, 4, 4), attend=Tile(128, 64, 4, 3), contract=Tile(128, 64, 4, 3),
-        query_grad=Tile(64, 64, 4, 3), key_grad=Tile(128, 32, 4, 3), value_grad=Tile(128, 32, 4, 3), block=32,
+        query_grad=Tile(128, 32, 4, 3), key_grad=Tile(128, 32, 4, 3), value_grad=Tile(128, 32, 4, 3), block=32,
     ),
     128: Tiles(
         accumulate=Tile(256, 64, 8, 3), read=Tile(128, 64, 4, 3), attend=Tile(128, 64, 8, 2), contract=Tile(128, 64, 8, 3),
-        query_grad=Tile(64, 32, 4, 2), key_grad=Tile(64, 32, 4, 2), value_grad=Tile(128, 32, 8, 3), block=32,
+        query_grad=Tile(128, 32, 8, 3), key_grad=Tile(64, 32, 4, 2), value_grad=Tile(128, 32, 8, 3), block=32,
     ),
     256: Tiles(
         Tile(128, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1),

@@ -33,3 +33,7 @@ class CheckpointError(PowerRetentionError, ValueError):
 
 class BackendError(PowerRetentionError, RuntimeError):
     """No backend can run a call, or the one asked for cannot."""
+
+
+class RunInterrupted(PowerRetentionError):
+    """A run was asked to stop; its state is saved."""

@@ -79,7 +79,11 @@ def run(case: Case, device: str, reference: bool) -> dict[str, Tensor]:
         inputs["q"], inputs["k"], inputs["v"], inputs.get("log_g"), p=case.p, chunk_size=case.chunk,
         initial_state=state, return_state=case.state, cu_seqlens=borders,
     )  # fmt: skip
-    outputs = {"y": out[0], "final memory": out[1].memory, "final normalizer": out[1].normalizer} if case.state else {"y": out}
+    outputs = (
+        {"y": out[0], "final memory": out[1].memory, "final normalizer": out[1].normalizer}
+        if case.state
+        else {"y": out}
+    )
     generator.manual_seed(1)
     loss = sum((x.double() * draw(*x.shape).double().to(x.device)).sum() for x in outputs.values())
     grads = torch.autograd.grad(loss, list(inputs.values()))
@@ -104,7 +108,11 @@ def decoding_failures(device: str) -> list[str]:
     """Twelve tokens decoded in place by the fused kernel against the float64 recurrence."""
     generator = torch.Generator().manual_seed(0)
     wrong = []
-    for d, e, gated, dtype in ((16, 16, True, torch.float32), (12, 20, False, torch.float32), (32, 16, True, torch.float16)):
+    for d, e, gated, dtype in (
+        (16, 16, True, torch.float32),
+        (12, 20, False, torch.float32),
+        (32, 16, True, torch.float16),
+    ):
         q, k, v = (torch.randn(2, 12, n, w, generator=generator).to(dtype) for n, w in ((4, d), (2, d), (2, e)))
         log_g = -torch.rand(2, 12, 2, generator=generator) if gated else None
         expected, final = recurrent_form(q, k, v, log_g)

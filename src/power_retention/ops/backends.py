@@ -54,14 +54,13 @@ class Call:
 
 
 class Backend(Protocol):
-    """What a backend provides; ``forward`` and ``backward`` see real tensors, never fake ones."""
+    """What a backend provides; ``forward`` and ``backward`` see real tensors, never fake ones.
+
+    It may also have ``devices``, the device types it serves: tensors elsewhere pass it by without a word; and ``step``, the
+    kernel that :func:`fused_step` looks for.
+    """
 
     name: str
-
-    @property
-    def devices(self) -> tuple[str, ...] | None:
-        """Device types it serves, None for all; tensors elsewhere pass it by without a word."""
-        ...
 
     def refusal(self, call: Call) -> str | None:
         """Why this backend cannot run the call, or None if it can."""
@@ -97,10 +96,12 @@ def choose_backend(call: Call) -> Backend:
     wanted = os.environ.get("POWER_RETENTION_BACKEND")
     candidates = [b for b in _BACKENDS if wanted in (None, "", b.name)]
     if not candidates:
-        raise BackendError(f"POWER_RETENTION_BACKEND={wanted!r} names no backend; there are: {', '.join(backend_names())}.")
-    refusals = []
+        raise BackendError(
+            f"POWER_RETENTION_BACKEND={wanted!r} names no backend; there are: {', '.join(backend_names())}."
+        )
+    refusals: list[str] = []
     for backend in candidates:
-        if not wanted and backend.devices is not None and call.q.device.type not in backend.devices:
+        if not wanted and call.q.device.type not in getattr(backend, "devices", (call.q.device.type,)):
             continue
         reason = backend.refusal(call)
         if reason is None:
@@ -145,7 +146,6 @@ class TorchBackend:
     """Plain PyTorch: every device, every dtype, every shape."""
 
     name = "torch"
-    devices = None
 
     def refusal(self, call: Call) -> str | None:
         return None
@@ -154,21 +154,19 @@ class TorchBackend:
         y = call.q.new_empty(*call.q.shape[:-1], call.v.shape[-1], dtype=call.v.dtype)
         finals: list[Tensor] = []
         for rows, span in _runs(call):
-            q, k, v, log_g = (None if x is None else x[:, span] for x in (call.q, call.k, call.v, call.log_g))
+            q, k, v, log_g = _cut(call, span)
             if call.chunk_size == 0:
                 y[:, span] = attention.attention_forward(q, k, v, log_g, call.p)
                 continue
             state = _entering(call, rows)
-            y[:, span], final = chunk.chunk_forward(
-                q, k, v, log_g, state, call.p, call.chunk_size, call.return_state
-            )
+            y[:, span], final = chunk.chunk_forward(q, k, v, log_g, state, call.p, call.chunk_size, call.return_state)
             if final is not None:
                 finals.append(final.unflatten(0, (-1, call.k.shape[2])))
         if not finals:
             nothing = call.k.new_empty(0, dtype=compute_dtype(call.q.dtype))
             return y, nothing, nothing.clone()
         final = torch.cat(finals)
-        return y, final[..., :-1].contiguous(), final[..., -1].contiguous()
+        return y, _copy(final[..., :-1]), _copy(final[..., -1])
 
     def backward(
         self, call: Call, dy: Tensor, d_memory: Tensor | None, d_normalizer: Tensor | None
@@ -177,30 +175,36 @@ class TorchBackend:
         dlog_g = None if call.log_g is None else torch.empty_like(call.log_g)
         d_entering: list[Tensor] = []
         for rows, span in _runs(call):
-            q, k, v, log_g = (None if x is None else x[:, span] for x in (call.q, call.k, call.v, call.log_g))
+            q, k, v, log_g = _cut(call, span)
             if call.chunk_size == 0:
-                grads = attention.attention_backward(dy[:, span], q, k, v, log_g, call.p)
+                dq[:, span], dk[:, span], dv[:, span], d_gates = attention.attention_backward(
+                    dy[:, span], q, k, v, log_g, call.p
+                )
             else:
                 d_final = _join(d_memory, d_normalizer, rows)
-                *grads, d_state = chunk.chunk_backward(
+                dq[:, span], dk[:, span], dv[:, span], d_gates, d_state = chunk.chunk_backward(
                     dy[:, span], d_final, q, k, v, log_g, _entering(call, rows), call.p, call.chunk_size
                 )
                 if d_state is not None:
                     d_entering.append(d_state.unflatten(0, (-1, call.k.shape[2])))
-            for target, grad in zip((dq, dk, dv, dlog_g), grads, strict=True):
-                if target is not None:
-                    target[:, span] = grad
+            if dlog_g is not None and d_gates is not None:
+                dlog_g[:, span] = d_gates
         if call.memory is None or call.normalizer is None:
             return dq, dk, dv, dlog_g, None, None
-        d_state = torch.cat(d_entering)
+        d_joined = torch.cat(d_entering)
         return (
             dq,
             dk,
             dv,
             dlog_g,
-            d_state[..., :-1].to(call.memory.dtype).contiguous(),
-            d_state[..., -1].to(call.normalizer.dtype).contiguous(),
+            _copy(d_joined[..., :-1].to(call.memory.dtype)),
+            _copy(d_joined[..., -1].to(call.normalizer.dtype)),
         )
+
+
+def _cut(call: Call, span: slice) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """q, k, v and log_g of one run."""
+    return call.q[:, span], call.k[:, span], call.v[:, span], None if call.log_g is None else call.log_g[:, span]
 
 
 def _runs(call: Call) -> Iterator[tuple[slice, slice]]:
@@ -220,11 +224,17 @@ def _entering(call: Call, rows: slice) -> Tensor | None:
     return None if state is None else state.to(compute_dtype(call.q.dtype))
 
 
+def _copy(x: Tensor) -> Tensor:
+    """What a custom operator may return: contiguous, and no view of another result (states of width 1 would be)."""
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 def _join(memory: Tensor | None, normalizer: Tensor | None, rows: slice) -> Tensor | None:
     """Memory and normaliser as one tensor ``[N, D, e + 1]``."""
     if memory is None or normalizer is None:
         return None
-    return torch.cat((memory[rows], normalizer[rows].to(memory.dtype).unsqueeze(-1)), -1).flatten(0, 1)
+    dtype = torch.promote_types(memory.dtype, normalizer.dtype)
+    return torch.cat((memory[rows].to(dtype), normalizer[rows].to(dtype).unsqueeze(-1)), -1).flatten(0, 1)
 
 
 register_backend(TorchBackend())

@@ -34,7 +34,7 @@ _EMBEDDED_ELEMENTS = 1 << 21
 """Entries of φ formed at a time: enough rows for a matmul, few enough to stay in cache."""
 
 NOISE = 2.0
-"""Rounding error of a denominator read from a state, in units of eps·|q|^p·Σ decay·|k|^p."""
+"""Rounding error of a denominator read from a state, in units of ε·|q|^p·Σ decay·|k|^p."""
 
 
 def chunk_forward(
@@ -61,7 +61,7 @@ def chunk_forward(
     y = q.new_empty(*q.shape[:-1], v.shape[-1], dtype=v.dtype)
     for start, end in _ranges(tokens, chunk_size):
         chunk = _load(q, k, v, log_g, start, end)
-        out, noise = _output(chunk, state, p)
+        out, noise = _output(chunk, _weights(chunk, p)[0], state, p)
         y[:, start:end] = from_heads(ratio(out, noise), batch, end - start)
         if keep_state or end < tokens:
             state = _next_state(chunk, state, p)
@@ -95,8 +95,10 @@ def chunk_backward(
     for (start, end), state_in in zip(reversed(ranges), reversed(entering), strict=True):
         chunk = _load(q, k, v, log_g, start, end)
         grads = _Gradients.zeros_like(chunk)
-        d_out = _ratio_gradient(to_heads(dy[:, start:end], k.shape[2], chunk.q.dtype), chunk, state_in, p)
-        _within_backward(d_out, chunk, grads, p)
+        weights, slope = _weights(chunk, p)
+        out, noise = _output(chunk, weights, state_in, p)
+        d_out = ratio_backward(to_heads(dy[:, start:end], k.shape[2], chunk.q.dtype), out, noise)
+        _within_backward(d_out, chunk, weights, slope, grads, p)
         d_leaving, d_state = d_state, None
         if state_in is not None:
             d_state = _read_backward(d_out, chunk, state_in, grads, p)
@@ -128,7 +130,8 @@ class _Chunk:
             return self.k.new_ones(1, self.k.shape[1], self.k.shape[1]).tril()
         # Masked before the exponential: above the diagonal the difference is positive and may overflow.
         log_decay = (self.gate[:, :, None] - self.gate[:, None, :]).to(self.k.dtype)
-        return log_decay.tril().exp().tril()
+        future = torch.ones(log_decay.shape[1:], dtype=torch.bool, device=log_decay.device).triu_(1)
+        return log_decay.masked_fill_(future, -torch.inf).exp_()
 
     def decay_from_start(self) -> Tensor | None:
         """exp(G_i) for each query row: ``[N, r·c, 1]``."""
@@ -174,24 +177,35 @@ def _load(q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None, start: int, end
     return _Chunk(queries, scale, keys, values, None if log_g is None else cumulative_gates(log_g[:, start:end]))
 
 
-def _output(chunk: _Chunk, state: Tensor | None, p: int) -> tuple[Tensor, Tensor | None]:
-    """[numerator, denominator] ``[N, r·c, e + 1]`` and the noise level of the denominator."""
+def _weights(chunk: _Chunk, p: int) -> tuple[Tensor, Tensor]:
+    """Weights inside the chunk and their derivative by the score, divided by p; both ``[N, r, c, c]``."""
     scores = (chunk.q @ chunk.k.mT).unflatten(1, (chunk.groups, -1))
-    weights = integer_power(scores, p).mul_(chunk.decay_within().unsqueeze(1))
+    slope = integer_power(scores, p - 1) * chunk.decay_within().unsqueeze(1)
+    return scores.mul_(slope), slope
+
+
+def _output(chunk: _Chunk, weights: Tensor, state: Tensor | None, p: int) -> tuple[Tensor, Tensor | None]:
+    """[numerator, denominator] ``[N, r·c, e + 1]`` and the noise level of the denominator."""
     out = weights.flatten(1, 2) @ chunk.v1
     if state is None:
         return out, None
-    decay, read = chunk.decay_from_start(), _read(chunk.q, _weighted(state, chunk.k.shape[-1], p), p)
-    return out + (read if decay is None else decay * read), _noise(chunk, state, p)
-
-
-def _noise(chunk: _Chunk, state: Tensor, p: int) -> Tensor:
-    """``[N, r·c]``: how large a rounding error the state may have put into each denominator."""
-    bound = state[..., -1] @ norm_functional(chunk.k.shape[-1], p, state)  # [N]
-    unit = NOISE * torch.finfo(state.dtype).eps * bound.clamp(min=0)[:, None, None]
-    noise = unit * integer_power(torch.linalg.vector_norm(chunk.q, dim=-1, keepdim=True), p)
+    read, noise = _read(chunk.q, _weighted(state, chunk.k.shape[-1], p), p), state_noise(chunk.q, state[..., -1], p)
     decay = chunk.decay_from_start()
-    return (noise if decay is None else noise * decay).squeeze(-1)
+    return (out + read, noise) if decay is None else (out + decay * read, noise * decay.squeeze(-1))
+
+
+def state_noise(q: Tensor, normalizer: Tensor, p: int) -> Tensor:
+    """How large a rounding error reading a state may leave in a denominator.
+
+    Args:
+        q: queries ``[N, rows, d]``.
+        normalizer: ``[N, D]`` of the state.
+
+    Returns:
+        ``[N, rows]``: a few ε·|q|^p·Σ decay·|k|^p, the sum read off the normaliser.
+    """
+    bound = (normalizer @ norm_functional(q.shape[-1], p, normalizer)).clamp(min=0).unsqueeze(-1)
+    return NOISE * torch.finfo(q.dtype).eps * bound * integer_power(torch.linalg.vector_norm(q, dim=-1), p)
 
 
 def _weighted(state: Tensor, head_width: int, p: int) -> Tensor:
@@ -232,19 +246,10 @@ def _embedding_blocks(x: Tensor, width: int) -> Iterator[tuple[int, int, int]]:
             yield head, start, end
 
 
-def _ratio_gradient(dy: Tensor, chunk: _Chunk, state: Tensor | None, p: int) -> Tensor:
-    out, noise = _output(chunk, state, p)
-    return ratio_backward(dy, out, noise)
-
-
-def _within_backward(d_out: Tensor, chunk: _Chunk, grads: _Gradients, p: int) -> None:
-    """Through the attention inside the chunk."""
-    decay = chunk.decay_within().unsqueeze(1)
-    scores = (chunk.q @ chunk.k.mT).unflatten(1, (chunk.groups, -1))
-    slope = integer_power(scores, p - 1) * decay
-    weights = slope * scores
-    d_weights = (d_out @ chunk.v1.mT).view_as(scores)
-    d_scores = (d_weights * slope).mul_(p).flatten(1, 2)
+def _within_backward(d_out: Tensor, chunk: _Chunk, weights: Tensor, slope: Tensor, grads: _Gradients, p: int) -> None:
+    """Through the attention inside the chunk; ``slope`` is used up."""
+    d_weights = (d_out @ chunk.v1.mT).view_as(weights)
+    d_scores = slope.mul_(d_weights).mul_(p).flatten(1, 2)
     grads.q += d_scores @ chunk.k
     grads.k += d_scores.mT @ chunk.q
     grads.v1 += weights.flatten(1, 2).mT @ d_out

@@ -7,11 +7,16 @@ of ones, so that the normaliser is one more value channel.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 FORGET = -1000.0
 """Gates are clamped here: exp(−1000) is 0 in every dtype, and no −inf can meet another."""
+
+_UNDERFLOW = 2.0**16
+"""Denominators below this many of the smallest normal number count as 0: their inverse must leave room for gradients."""
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -40,7 +45,9 @@ def scaled_queries(q: Tensor, heads: int, dtype: torch.dtype) -> tuple[Tensor, T
     per query is taken out first, which is exact.  Returns ``[N, r·c, d]`` and ``[N, r·c, 1]``.
     """
     q = to_heads(q, heads, dtype)
-    exponent = torch.frexp(q.abs().amax(-1, keepdim=True)).exponent
+    # Past this limit, at denormal queries, the factor itself would overflow.
+    limit = 1 - math.frexp(torch.finfo(dtype).tiny)[1]
+    exponent = torch.frexp(q.abs().amax(-1, keepdim=True)).exponent.clamp(-limit, limit)
     scale = torch.ldexp(torch.ones_like(exponent, dtype=dtype), -exponent)
     return q * scale, scale
 
@@ -80,22 +87,27 @@ def ratio(out: Tensor, noise: Tensor | None) -> Tensor:
             no state was read.  The inverse is regularised at that level, denominator / (denominator² + noise²), so a
             query orthogonal to all that the state holds gives a bounded output instead of one rounding error over another.
     """
-    return out[..., :-1] * _regular_inverse(out[..., -1:], noise)[0]
+    numerator, inverse, _, _ = _in_units_of_size(out, noise)
+    return numerator * inverse
 
 
 def ratio_backward(dy: Tensor, out: Tensor, noise: Tensor | None) -> Tensor:
     """Gradient of :func:`ratio` with respect to ``out``; the noise level counts as a constant."""
-    inverse, slope = _regular_inverse(out[..., -1:], noise)
-    d_inverse = (dy * out[..., :-1]).sum(-1, keepdim=True)
-    return torch.cat((dy * inverse, d_inverse * slope), -1)
+    numerator, inverse, slope, size = _in_units_of_size(out, noise)
+    d_inverse = (dy * numerator).sum(-1, keepdim=True)
+    return torch.cat((dy * inverse, d_inverse * slope), -1) / size
 
 
-def _regular_inverse(denominator: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(x / (x² + n²), its derivative), free of overflow; both 0 where x = n = 0."""
+def _in_units_of_size(out: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Numerator, x / (x² + n²) and its derivative in units of max(|x|, n), so that no square leaves the exponent range.
+
+    The last result is that unit: infinite, and the others 0, where the denominator x has underflowed.
+    """
+    denominator = out[..., -1:]
     noise = torch.zeros_like(denominator) if noise is None else noise.unsqueeze(-1)
     size = torch.maximum(denominator.abs(), noise)
-    size = torch.where(size == 0, torch.inf, size)
+    size = torch.where(size < _UNDERFLOW * torch.finfo(out.dtype).tiny, torch.inf, size)
     x, n = denominator / size, noise / size
     square = x * x + n * n
     square = torch.where(square == 0, 1, square)
-    return x / square / size, (n * n - x * x) / (square * square) / size / size
+    return out[..., :-1] / size, x / square, (n * n - x * x) / (square * square), size

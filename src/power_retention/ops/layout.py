@@ -26,6 +26,7 @@ from functools import lru_cache
 from itertools import combinations_with_replacement
 from math import comb, factorial, prod
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,6 +40,7 @@ WIDEST_STATE = 1 << 16
 
 
 def check_power(p: int) -> None:
+    """Refuse a power that is not an even integer of at least 2."""
     if not isinstance(p, int) or isinstance(p, bool) or p < 2 or p % 2:
         raise ArgumentError(f"p must be an even integer of at least 2 (weights are (q·k)^p), not {p!r}.")
 
@@ -130,7 +132,6 @@ def _lexicographic_backward(x: Tensor, grad: Tensor, p: int) -> Tensor:
     return dx + grad
 
 
-@lru_cache
 def _tail_starts(d: int, degree: int) -> tuple[int, ...]:
     """Where, in φ_degree, the tuples whose entries are all ≥ a begin; for a = 0 … d − 1."""
     total = comb(d + degree - 1, degree)
@@ -147,30 +148,40 @@ def monomials(head_width: int, p: int) -> tuple[tuple[int, ...], ...]:
     return tuple(combinations_with_replacement(range(d), p))
 
 
-@lru_cache
-def _tables(head_width: int, p: int) -> tuple[Tensor, Tensor]:
-    """(multiplicity, norm) of each monomial, float64 ``[D]``."""
+def _build_tables(head_width: int, p: int) -> tuple[np.ndarray, np.ndarray]:
+    """(multiplicity, norm) of each monomial, float64 ``[D]``.
+
+    NumPy arrays, since a cached tensor would keep the mode that it was first asked for in: inference, fake, a device.
+    """
     if p == 2:
-        norm = torch.zeros(state_width(head_width, 2), dtype=torch.float64)
+        norm = np.zeros(state_width(head_width, 2))
         norm[:head_width] = 1
         return 2 - norm, norm
-    multiplicity, norm = [], []
-    for indices in monomials(head_width, p):
+    multiplicity, norms = [], []
+    for indices in combinations_with_replacement(range(head_width), p):
         exponents = Counter(indices).values()
         multiplicity.append(factorial(p) // prod(map(factorial, exponents)))
         even = all(e % 2 == 0 for e in exponents)
-        norm.append(factorial(p // 2) // prod(factorial(e // 2) for e in exponents) if even else 0)
-    return torch.tensor(multiplicity, dtype=torch.float64), torch.tensor(norm, dtype=torch.float64)
+        norms.append(factorial(p // 2) // prod(factorial(e // 2) for e in exponents) if even else 0)
+    return np.array(multiplicity, dtype=np.float64), np.array(norms, dtype=np.float64)
+
+
+_cached_tables = lru_cache(_build_tables)
+
+
+def _tables(head_width: int, p: int) -> tuple[np.ndarray, np.ndarray]:
+    # A graph under construction holds the tables as constants; caches are not traced.
+    return (_build_tables if torch.compiler.is_compiling() else _cached_tables)(head_width, p)
 
 
 def multiplicity(head_width: int, p: int, like: Tensor) -> Tensor:
     """``[D]``: how often each monomial occurs in (q·k)^p; the query side of a product carries it."""
-    return _tables(head_width, p)[0].to(like)
+    return torch.from_numpy(_tables(head_width, p)[0]).to(like)
 
 
 def norm_functional(head_width: int, p: int, like: Tensor) -> Tensor:
     """``[D]`` vector ν with ν·φ_p(k) = |k|^p: read off a normaliser, it bounds what any unit query can find there."""
-    return _tables(head_width, p)[1].to(like)
+    return torch.from_numpy(_tables(head_width, p)[1]).to(like)
 
 
 # ── the 16-block layout of the public `retention` package ────────────────────────────────────────────────────────────
@@ -189,7 +200,7 @@ def _blocks16_count(head_width: int) -> int:
 
 
 @lru_cache
-def _blocks16_tables(d: int) -> tuple[Tensor, Tensor, Tensor]:
+def _blocks16_tables(d: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(canonical index of each 16-block entry, its multiplier on keys, a 16-block index of each canonical entry)."""
     where = {pair: m for m, pair in enumerate(monomials(d, 2))}
     canonical, weight = [], []
@@ -198,20 +209,27 @@ def _blocks16_tables(d: int) -> tuple[Tensor, Tensor, Tensor]:
             for outer in range(16 * block, 16 * block + 16):
                 canonical.append(where[min(inner, outer), max(inner, outer)])
                 weight.append(2.0 if inner < 16 * block else 1.0)
-    inverse = torch.empty(len(where), dtype=torch.long)
-    inverse[torch.tensor(canonical)] = torch.arange(len(canonical))
-    return torch.tensor(canonical), torch.tensor(weight, dtype=torch.float64), inverse
+    inverse = np.empty(len(where), dtype=np.int64)
+    inverse[canonical] = np.arange(len(canonical))
+    return np.array(canonical), np.array(weight), inverse
 
 
 def to_blocks16(x: Tensor, head_width: int, dim: int) -> Tensor:
     """Canonical p = 2 state or normaliser → 16-block layout, along ``dim`` (D → :func:`blocks16_width`)."""
     canonical, weight, _ = _blocks16_tables(head_width)
-    shape = [-1 if i == dim % x.ndim else 1 for i in range(x.ndim)]
-    return x.index_select(dim, canonical.to(x.device)) * weight.to(x).view(shape)
+    return _gather(x, canonical, dim) * _along(weight, x, dim)
 
 
 def from_blocks16(x: Tensor, head_width: int, dim: int) -> Tensor:
     """16-block state or normaliser → canonical p = 2 layout, along ``dim``."""
     _, weight, inverse = _blocks16_tables(head_width)
-    shape = [-1 if i == dim % x.ndim else 1 for i in range(x.ndim)]
-    return x.index_select(dim, inverse.to(x.device)) / weight[inverse].to(x).view(shape)
+    return _gather(x, inverse, dim) / _along(weight[inverse], x, dim)
+
+
+def _gather(x: Tensor, indices: np.ndarray, dim: int) -> Tensor:
+    return x.index_select(dim, torch.from_numpy(indices).to(x.device))
+
+
+def _along(values: np.ndarray, like: Tensor, dim: int) -> Tensor:
+    """``values`` as a tensor that broadcasts along ``dim`` of ``like``."""
+    return torch.from_numpy(values).to(like).view([-1 if i == dim % like.ndim else 1 for i in range(like.ndim)])

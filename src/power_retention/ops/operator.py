@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -58,7 +60,7 @@ def power_retention(
     _check(q, k, v, log_g, p, scale, chunk_size, cu_seqlens, mask)
     runs = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     needs_state = return_state or initial_state is not None
-    if needs_state:
+    if needs_state or chunk_size:
         _check_has_state(k.shape[-1], p, chunk_size)
     if initial_state is not None:
         check_state(
@@ -89,7 +91,7 @@ def choose_chunk_size(tokens: int, head_width: int, p: int, *, needs_state: bool
     """
     if not has_state(head_width, p):
         return 0
-    size = min(512, max(64, 1 << (state_width(head_width, p) // 4).bit_length() - 1))
+    size = min(512, max(64, 1 << (state_width(head_width, p) // 4 | 1).bit_length() - 1))
     return tokens if tokens <= 2 * size and not needs_state else size
 
 
@@ -116,14 +118,14 @@ def _check(
     check_power(p)
     check_heads(q, k, v, log_g, axes="B, T")
     tokens = tuple(q.shape[:2])
-    if tokens[1] == 0:
-        raise ArgumentError("The sequence is empty (T = 0); at least one token was expected.")
     if scale is not None and not abs(scale) > 0:
         raise ArgumentError(f"scale must be a non-zero number, not {scale}: it would make every weight zero.")
-    if chunk_size is not None and chunk_size < 0:
-        raise ArgumentError(f"chunk_size must be a positive number of tokens, or 0 for attention, not {chunk_size}.")
+    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 0):
+        raise ArgumentError(f"chunk_size must be a positive number of tokens, or 0 for attention, not {chunk_size!r}.")
     if mask is not None and tuple(mask.shape) != tokens:
         raise ArgumentError(f"mask must be [B, T] = {list(tokens)}, not {list(mask.shape)}.")
+    if mask is not None and mask.device != q.device:
+        raise ArgumentError(f"mask is on {mask.device}, q is on {q.device}: move one of them.")
     if cu_seqlens is not None:
         _check_borders(cu_seqlens, *tokens)
 
@@ -141,6 +143,8 @@ def check_heads(q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None, *, axes: 
             raise ArgumentError(f"q, k and v must share a dtype, not {q.dtype}, {k.dtype} and {v.dtype}: cast them.")
         if tensor.device != q.device:
             raise ArgumentError(f"{name} is on {tensor.device}, q is on {q.device}: move one of them.")
+        if tensor.numel() == 0:
+            raise ArgumentError(f"{name} is empty, {list(tensor.shape)}: at least one of everything was expected.")
     lead = q.shape[:-2]
     if k.shape[:-2] != lead or v.shape[:-1] != k.shape[:-1] or k.shape[-1] != q.shape[-1]:
         raise ArgumentError(
@@ -153,6 +157,10 @@ def check_heads(q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None, *, axes: 
         )
     if log_g is None:
         return
+    if not isinstance(log_g, Tensor):
+        raise ArgumentError(f"log_g must be a tensor [{axes}, H] or None, not {type(log_g).__name__}.")
+    if log_g.device != q.device:
+        raise ArgumentError(f"log_g is on {log_g.device}, q is on {q.device}: move one of them.")
     if log_g.shape != k.shape[:-1] or not log_g.is_floating_point():
         raise ArgumentError(
             f"log_g must be [{axes}, H] = {list(k.shape[:-1])} in a floating dtype, one gate a key/value head and token, "
@@ -175,15 +183,17 @@ def _check_borders(cu_seqlens: Tensor, batch: int, tokens: int) -> None:
         raise ArgumentError(f"cu_seqlens packs sequences along T and needs a batch of 1, not {batch}.")
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         borders = cu_seqlens.tolist()
-        if borders[0] != 0 or borders[-1] != tokens or any(a >= b for a, b in zip(borders, borders[1:], strict=False)):
-            raise ArgumentError(f"cu_seqlens must rise from 0 to T = {tokens} without an empty sequence, not {borders}.")
+        if borders[0] != 0 or borders[-1] != tokens or any(a >= b for a, b in pairwise(borders)):
+            raise ArgumentError(
+                f"cu_seqlens must rise from 0 to T = {tokens} without an empty sequence, not {borders}."
+            )
 
 
 def _check_has_state(head_width: int, p: int, chunk_size: int | None) -> None:
     if not has_state(head_width, p):
         raise ArgumentError(
             f"p={p} at head width {head_width} would need a state of width {state_width(head_width, p):,}; the limit is "
-            f"{WIDEST_STATE:,}. Without initial_state and return_state the attention form runs it."
+            f"{WIDEST_STATE:,}. Without initial_state, return_state and chunk_size the attention form runs it."
         )
     if chunk_size == 0:
         raise ArgumentError("chunk_size=0 asks for the attention form, which has no state; leave chunk_size to None.")
@@ -238,7 +248,7 @@ def _retain_backward(
     call = Call(q, k, v, log_g, memory, normalizer, cu_seqlens, p, chunk_size, d_memory is not None)
     grads = choose_backend(call).backward(call, dy, d_memory, d_normalizer)
     # A custom operator returns tensors only: an input that was None gets an empty gradient, dropped by the caller.
-    dq, dk, dv, dlog_g, d_memory_in, d_normalizer_in = (q.new_empty(0) if g is None else g for g in grads)
+    dq, dk, dv, dlog_g, d_memory_in, d_normalizer_in = (q.new_empty(0) if g is None else g.contiguous() for g in grads)
     return dq, dk, dv, dlog_g, d_memory_in, d_normalizer_in
 
 

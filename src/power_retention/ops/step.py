@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from power_retention.ops.backends import fused_step
-from power_retention.ops.chunk import NOISE
+from power_retention.ops.chunk import state_noise
 from power_retention.ops.heads import FORGET, compute_dtype, integer_power, ratio, scaled_queries
-from power_retention.ops.layout import check_power, expand, multiplicity, norm_functional
+from power_retention.ops.layout import check_power, expand, multiplicity
 from power_retention.ops.operator import check_heads
 from power_retention.ops.state import PowerState, check_state
 
@@ -40,9 +40,7 @@ def power_retention_step(
     check_heads(q, k, v, log_g, axes="B")
     batch, heads, d = k.shape
     check_power(state.p)
-    check_state(
-        state, batch=batch, heads=heads, head_width=d, value_width=v.shape[-1], p=state.p, device=q.device
-    )
+    check_state(state, batch=batch, heads=heads, head_width=d, value_width=v.shape[-1], p=state.p, device=q.device)
     if inplace and state.p == 2 and not torch.compiler.is_compiling():
         y = fused_step(q, k, v, log_g, state.memory, state.normalizer)
         if y is not None:
@@ -56,9 +54,7 @@ def power_retention_step(
     phi = expand(queries, p) * multiplicity(d, p, queries)
     read = phi @ memory.to(dtype)
     total = (phi @ normalizer.to(dtype).unsqueeze(-1)).squeeze(-1)
-    bound = normalizer.to(dtype) @ norm_functional(d, p, keys)
-    noise = integer_power(torch.linalg.vector_norm(queries, dim=-1), p) * bound.clamp(min=0)[:, None]
-    noise = NOISE * torch.finfo(dtype).eps * noise
+    noise = state_noise(queries, normalizer.to(dtype), p)
     if gate is not None:
         read, total, noise = read * gate.unsqueeze(-1), total * gate, noise * gate
     weight = integer_power((queries @ keys.unsqueeze(-1)).squeeze(-1), p)  # the token itself, undiscounted
@@ -69,13 +65,14 @@ def power_retention_step(
 
 def _extend(state: PowerState, gate: Tensor | None, phi: Tensor, values: Tensor, inplace: bool) -> PowerState:
     """S ← g·S + φ(k)vᵀ,  s ← g·s + φ(k)."""
-    memory, normalizer = state.memory.flatten(0, 1), state.normalizer.flatten(0, 1)
+    memory, normalizer = state.memory, state.normalizer
     if not inplace:
         memory, normalizer = memory.to(phi.dtype, copy=True), normalizer.to(phi.dtype, copy=True)
+    # [B, H, …] throughout: flattening a state that is a view would update a copy of it.
+    phi, values = phi.view(normalizer.shape), values.view(*memory.shape[:2], 1, -1)
     if gate is not None:
+        gate = gate.view(*memory.shape[:2], 1)
         memory, normalizer = memory.mul_(gate.unsqueeze(-1)), normalizer.mul_(gate)
-    memory.baddbmm_(phi.unsqueeze(-1).to(memory.dtype), values.unsqueeze(1).to(memory.dtype))
+    memory.addcmul_(phi.unsqueeze(-1).to(memory.dtype), values.to(memory.dtype))
     normalizer.add_(phi)
-    if inplace:
-        return state
-    return state._replace(memory=memory.view(state.memory.shape), normalizer=normalizer.view(state.normalizer.shape))
+    return state._replace(memory=memory, normalizer=normalizer)

@@ -257,7 +257,8 @@ class _Run:
             (plan.slots, self.heads, programs) if other is not None else (0,), dtype=torch.float32, device=self.device
         )
         _kernels("states").accumulate_kernel[programs, self.heads, self.call.runs](
-            columns, u, row_order(self.d, self.block, self.device), self.gates, plan.table, plan.borders, initial, states, other, flows, final,
+            columns, u, row_order(self.d, self.block, self.device), self.gates, plan.table, plan.borders,
+            initial, states, other, flows, final,
             plan.columns, plan.pad, self.tokens, self.heads, groups,
             HAS_GATES=self.has_gates, HAS_INITIAL=initial is not None, KEEP_STATES=keep_states, KEEP_FINAL=keep_final,
             REVERSE=reverse, FLOWS=other is not None, D=self.d, W=self.block, E=self.e, BR=tile.rows, BE=block, BT=tile.steps,
@@ -267,7 +268,9 @@ class _Run:
 
     @cached_property
     def initial_memory(self) -> Tensor | None:
-        return None if self.call.memory is None else widen_state(self.call.memory, self.call.k.shape[-1], self.d, self.e)
+        return (
+            None if self.call.memory is None else widen_state(self.call.memory, self.call.k.shape[-1], self.d, self.e)
+        )
 
     @cached_property
     def initial_moment(self) -> Tensor | None:
@@ -278,7 +281,12 @@ class _Run:
         """(states entering each slot, final states); whichever nobody wants is empty."""
         wanted = self.call.return_state
         states, final, _ = self.accumulate(
-            self.key_columns, self.weighted_values, 1, self.initial_memory, keep_states=self.reads_state, keep_final=wanted
+            self.key_columns,
+            self.weighted_values,
+            1,
+            self.initial_memory,
+            keep_states=self.reads_state,
+            keep_final=wanted,
         )
         return states, final
 
@@ -408,7 +416,8 @@ class _Gradients:
             return (nothing, nothing), (nothing, nothing), nothing
         states, d_initial, flows = run.accumulate(
             run.query_columns, of_query.dn, run.groups, self.d_memory, keep_states=True,
-            keep_final=call.memory is not None, other=run.entering[0] if run.has_gates and run.reads_state else None, reverse=True,
+            keep_final=call.memory is not None, reverse=True,
+            other=run.entering[0] if run.has_gates and run.reads_state else None,
         )  # fmt: skip
         moments, d_moment = run.moments(run.query_columns, of_query.dz, run.groups, self.d_moment, reverse=True)
         flows = flows.sum(-1, dtype=torch.float64)
@@ -417,7 +426,9 @@ class _Gradients:
             flows[1:] += (run.entering_moments[0][1:] * moments[:-1]).sum((-1, -2), dtype=torch.float64)
         return (states, moments), (d_initial, d_moment), flows
 
-    def _keys(self, of_query: _QueryGradients, leaving: tuple[Tensor, Tensor], *, values: bool) -> tuple[Tensor, Tensor]:
+    def _keys(
+        self, of_query: _QueryGradients, leaving: tuple[Tensor, Tensor], *, values: bool
+    ) -> tuple[Tensor, Tensor]:
         """dv or dk, and k·dk ``[H, tokens]``."""
         run = self.run
         grad = torch.empty_like(run.v if values else run.k)
@@ -430,8 +441,8 @@ class _Gradients:
         elif self.has_state:
             partial = run.contract_states(run.v, run.key_columns, leaving[0], 1, at_end=True, always=always)
         _kernels("backward").key_grad_kernel[(run.plan.slots * run.heads * count,)](
-            run.scaled_queries, run.k, run.v, self.dy, of_query.inverses, of_query.dz, of_query.peaks, run.gates, run.plan.table,
-            partial, leaving[1], grad, flow, run.tokens, run.heads, run.groups, count,
+            run.scaled_queries, run.k, run.v, self.dy, of_query.inverses, of_query.dz, of_query.peaks, run.gates,
+            run.plan.table, partial, leaving[1], grad, flow, run.tokens, run.heads, run.groups, count,
             VALUES=values, HAS_GATES=run.has_gates, HAS_STATE=self.has_state, HAS_FINAL=always,
             P=self.call.p, D=run.d, E=run.e, BM=tile.rows, BN=tile.steps,
             **run.precision, num_warps=tile.warps, num_stages=tile.stages,
@@ -522,4 +533,3 @@ def narrow_state(memory: Tensor, width: int, wide: int, value_width: int) -> Ten
     if width != wide:
         memory = memory[:, :, _wide_index(width, wide, memory.device)]
     return memory[..., :value_width].contiguous()
-

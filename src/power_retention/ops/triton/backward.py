@@ -74,7 +74,17 @@ def contract_state_kernel(
 
 @triton.jit
 def contract_moment(
-    x, rows, valid, head, all_heads, scale, moment, D: tl.constexpr, BM: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr
+    x,
+    rows,
+    valid,
+    head,
+    all_heads,
+    scale,
+    moment,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    CT: tl.constexpr,
+    PREC: tl.constexpr,
 ):
     """2 x M, the gradient of x M xᵀ: [BM, D]."""
     WIDE: tl.constexpr = min(D, 64)
@@ -127,7 +137,8 @@ def query_tile(
 def query_grad_kernel(
     q, k, v, dy, gates, table, partial, moments, dq, dn, inverses, dz, peaks, flow, tokens, heads, groups, tiles,
     HAS_GATES: tl.constexpr, HAS_STATE: tl.constexpr, HAS_INITIAL: tl.constexpr, WITH_DN: tl.constexpr, P: tl.constexpr,
-    NOISE: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
+    NOISE: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CT: tl.constexpr,
+    PREC: tl.constexpr,
 ):  # fmt: skip
     """dq of BM queries of one head, and what the other kernels need of them.
 
@@ -290,9 +301,13 @@ def key_grad_kernel(
         present = (at_end == 0) | HAS_FINAL
         ones = tl.full([BM], 1.0, tl.float32)
         if VALUES:
-            acc += tl.load(partial + (j * heads + head)[:, None] * E + e[None, :], mask=valid[:, None] & present, other=0.0)
+            acc += tl.load(
+                partial + (j * heads + head)[:, None] * E + e[None, :], mask=valid[:, None] & present, other=0.0
+            )
         else:
-            acc += tl.load(partial + (j * heads + head)[:, None] * D + d[None, :], mask=valid[:, None] & present, other=0.0)
+            acc += tl.load(
+                partial + (j * heads + head)[:, None] * D + d[None, :], mask=valid[:, None] & present, other=0.0
+            )
             acc += contract_moment(k, j, valid, head, heads, ones, moments + here * (D * D), D, BM, CT, PREC)
         if HAS_GATES:
             acc *= tl.exp((gate_end - gate_j).to(tl.float32))[:, None]

@@ -1,10 +1,10 @@
 """Pieces that several kernels share.
 
-Inside the kernels a state has rows of its own order (:func:`block_row`), fit for products in registers; it never leaves them.
-Legend of the kernels' constants: P power, D key width, W width of its blocks, E value width, BM rows of the tile a program owns, BN rows of the
-tiles it walks over, CT type of the matrix products' operands, PREC their precision.  Tokens are numbered through the whole
-batch; a *slot* is one chunk of one run, its row in ``table`` is (first token, one past the last, whether it is its run's
-first, whether its last).  A query tile is a whole number of key tiles.
+Inside the kernels a state has rows of its own order (:func:`block_row`), fit for products in registers; it never leaves
+them.  Legend of the kernels' constants: P power, D key width, W width of its blocks, E value width, BM rows of the tile a
+program owns, BN rows of the tiles it walks over, CT type of the matrix products' operands, PREC their precision.  Tokens
+are numbered through the whole batch; a *slot* is one chunk of one run, its row in ``table`` is (first token, one past the
+last, whether it is its run's first, whether its last).  A query tile is a whole number of key tiles.
 """
 
 from __future__ import annotations
@@ -58,7 +58,17 @@ def split_dot(a, b, acc, CT: tl.constexpr, PREC: tl.constexpr):
 
 @triton.jit
 def read_normalizer(
-    x, rows, valid, head, all_heads, scale, moment, D: tl.constexpr, BM: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr
+    x,
+    rows,
+    valid,
+    head,
+    all_heads,
+    scale,
+    moment,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    CT: tl.constexpr,
+    PREC: tl.constexpr,
 ):
     """x M xᵀ per row [BM] with M the [D, D] second moments at ``moment``; ``x`` in memory is [tokens, all_heads, D]."""
     WIDE: tl.constexpr = min(D, 64)

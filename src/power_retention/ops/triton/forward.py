@@ -100,7 +100,8 @@ def read_state_kernel(
 def read_kernel(
     q, k, v, gates, table, partial, moments, y, tokens, heads, groups, tiles,
     HAS_GATES: tl.constexpr, HAS_STATE: tl.constexpr, HAS_INITIAL: tl.constexpr, P: tl.constexpr, NOISE: tl.constexpr,
-    D: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr, CT: tl.constexpr,
+    PREC: tl.constexpr,
 ):  # fmt: skip
     """y [tokens, heads·groups, E] of BM queries of one head, BE value columns; ``partial`` is what they read of their state."""
     program = tl.program_id(0)

@@ -28,9 +28,7 @@ def gates_kernel(log_g, table, gates, tokens, heads, FORGET: tl.constexpr, BLOCK
 
 
 @triton.jit
-def columns_kernel(
-    x, table, xt, columns, pad, heads, D: tl.constexpr, BT: tl.constexpr, SCALE: tl.constexpr
-):
+def columns_kernel(x, table, xt, columns, pad, heads, D: tl.constexpr, BT: tl.constexpr, SCALE: tl.constexpr):
     """x [tokens, heads, D] → xt [heads, D, columns]: a slot's tokens start at column slot·pad, zeros after its last.
 
     With SCALE each token is multiplied by its power of two (queries).

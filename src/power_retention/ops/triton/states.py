@@ -17,10 +17,10 @@ def accumulate_kernel(
     """A program owns BR rows of φ and BE value columns of one head's state and walks along one run.
 
     xt [heads·groups, D, columns]; u [tokens, heads·groups, E], already weighted; order [4, ROWS]: of each row of a state its
-    factors a and b, its canonical index, and whether it is the first row of that index; states [slots, heads, ROWS, E]: twice what
-    enters each slot; initial and final [runs, heads, D(D+1)/2, E].  With REVERSE it walks from the right:
-    then initial, final are gradients of a state, and with FLOWS ``flows`` [slots, heads, programs] receives the part
-    of ⟨state, its gradient⟩ at each slot's start, ``other`` being the forward states.
+    factors a and b, its canonical index, and whether it is the first row of that index; states
+    [slots, heads, ROWS, E]: twice what enters each slot; initial and final [runs, heads, D(D+1)/2, E].  With REVERSE it
+    walks from the right: then initial, final are gradients of a state, and with FLOWS ``flows`` [slots, heads, programs]
+    receives the part of ⟨state, its gradient⟩ at each slot's start, ``other`` being the forward states.
     """
     ROWS: tl.constexpr = D * (D // 2 + 1)
     CANONICAL: tl.constexpr = D * (D + 1) // 2

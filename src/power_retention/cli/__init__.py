@@ -1,0 +1,61 @@
+"""The command ``power-retention``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from power_retention.cli import convert, env, evaluate, generate, retrain
+from power_retention.cli.display import status
+from power_retention.errors import PowerRetentionError, RunInterrupted
+
+app = typer.Typer(
+    name="power-retention",
+    help="Language models whose memory does not grow.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+for module in (convert, retrain, evaluate, generate, env):
+    module.register(app)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from power_retention import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Language models whose memory does not grow.
+
+    convert → retrain → evaluate → generate: a pretrained Transformer becomes an attention-free model.
+    """
+
+
+def main() -> None:
+    """Run the command; an error of ours is one sentence and exit status 1."""
+    # Threads that wait by spinning slow each other down many times over as soon as anything else runs beside them.  Read
+    # by the OpenMP runtime when torch is loaded, which is later than here.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        app()
+    except RunInterrupted as stopped:
+        message = Text.assemble((str(stopped), "bold"), " Run the same command with --resume to continue.")
+        status.print(message, soft_wrap=True)
+        sys.exit(75)
+    except PowerRetentionError as error:
+        status.print(Text.assemble(("error: ", "bold red"), " ".join(str(error).split())), soft_wrap=True)
+        sys.exit(1)

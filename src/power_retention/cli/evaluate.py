@@ -1,0 +1,231 @@
+"""``power-retention evaluate``."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from power_retention.cli.display import print_json, progress_bar, results, status, table
+from power_retention.cli.options import (
+    Json,
+    Seed,
+    Teacher,
+    Text,
+    TextField,
+    open_noted_teacher,
+    open_student,
+    quiet_libraries,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from power_retention.conversion.source import Source
+    from power_retention.evaluation.decode import DecodePoint
+    from power_retention.evaluation.loss import HeldOutLoss
+    from power_retention.models import PowerRetentionForCausalLM
+
+_PROMPT = "The history of the city begins"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command(no_args_is_help=True)(evaluate)
+
+
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="A converted or retrained model.")],
+    text: Text = None,
+    text_field: TextField = "text",
+    teacher: Teacher = None,
+    windows: Annotated[int, typer.Option(help="Held-out windows to predict.")] = 24,
+    length: Annotated[int, typer.Option(help="Tokens a window.")] = 512,
+    contexts: Annotated[
+        str, typer.Option(help="Context lengths to measure decoding at, comma-separated; empty for none.")
+    ] = "1024,4096,16384,32768",
+    prompt: Annotated[str, typer.Option(help="Prompt of the sample; empty for none.")] = _PROMPT,
+    out: Annotated[Path | None, typer.Option(help="Folder of the report; MODEL/evaluation by default.")] = None,
+    seed: Seed = 0,
+    json: Json = False,
+) -> None:
+    """Hold a model against its Transformer parent: loss, text, and what decoding costs as the context grows.
+
+    Four losses on text that `retrain` held out: the teacher, the hard swap (bare mixers, the published way to start), the
+    calibrated conversion, and the model itself. Examples:
+
+        power-retention evaluate my-model-retrained --text corpus.jsonl
+
+        power-retention evaluate my-model-retrained --text corpus.jsonl --contexts 1024,131072 --json
+    """
+    quiet_libraries()
+    from power_retention.errors import DataError
+    from power_retention.files import clear_write_errors, write_json
+
+    if not text:
+        raise DataError(
+            "evaluate needs the text that the model was retrained on, to predict what was held out: --text FILE."
+        )
+    lengths = _lengths(contexts)
+    with status.status("Opening model, teacher and text"):
+        student, source = open_student(model).eval(), open_noted_teacher(model, teacher)
+        held_out = _held_out_windows(text, text_field, source, windows, length)
+    losses = _losses(student, source.model, model, held_out)
+    report: dict[str, Any] = {
+        "model": str(model),
+        "teacher": source.name,
+        "held_out": {"windows": len(held_out), "length": held_out.shape[1]},
+        "losses": {name: {**loss.to_dict(), "recovered": _recovered(loss, losses)} for name, loss in losses.items()},
+    }
+    samples = _samples(student, source, prompt, seed) if prompt else {}
+    report["samples"] = {"prompt": prompt, **samples} if samples else {}
+    out = out or model / "evaluation"
+    with clear_write_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+    decode = _decode(model, source, lengths, out) if lengths else {}
+    report["decode"] = {name: [point.to_dict() for point in points] for name, points in decode.items()}
+    write_json(out / "evaluation.json", report)
+    if json:
+        print_json(report)
+    else:
+        _show(report, losses, samples, prompt, decode, out)
+
+
+def _lengths(contexts: str) -> list[int]:
+    from power_retention.errors import ArgumentError
+
+    try:
+        lengths = [int(part) for part in contexts.split(",") if part.strip()]
+    except ValueError:
+        lengths = [0]
+    if any(length < 1 for length in lengths):
+        raise ArgumentError(f"--contexts must be positive numbers of tokens separated by commas, not {contexts!r}.")
+    return lengths
+
+
+def _held_out_windows(text: list[Path], field: str, source: Source, windows: int, length: int) -> Tensor:
+    import torch
+
+    from power_retention.conversion.convert import calibration_windows
+    from power_retention.training.text import read_documents, split_held_out, tokenize
+
+    documents = split_held_out(read_documents(text, text_field=field))[1]
+    ids = tokenize(documents, source.tokenizer, max_tokens=4 * windows * length).ids
+    return calibration_windows(torch.from_numpy(ids).long(), count=windows, length=length)
+
+
+def _losses(
+    student: PowerRetentionForCausalLM, teacher: PreTrainedModel, folder: Path, windows: Tensor
+) -> dict[str, HeldOutLoss]:
+    from power_retention.conversion.calibrate import apply_calibration
+    from power_retention.conversion.convert import CALIBRATION, hard_swap
+    from power_retention.conversion.swap import swap_attention
+    from power_retention.evaluation.loss import HeldOut
+
+    def calibrated() -> PreTrainedModel:
+        import copy
+
+        model = swap_attention(copy.deepcopy(teacher), p=student.config.power)
+        apply_calibration(model, folder / CALIBRATION)
+        return model
+
+    variants = {"hard swap": lambda: hard_swap(teacher, student.config.power)}
+    if (folder / CALIBRATION).exists():
+        variants["calibrated"] = calibrated
+    retrained = (folder / "run").exists()
+    if retrained or "calibrated" not in variants:
+        variants["retrained" if retrained else "converted"] = lambda: student
+    with progress_bar("Held-out loss, teacher") as update:
+        held_out = HeldOut(teacher, windows, update)
+    losses = {"teacher": held_out.loss()}
+    for name, build in variants.items():
+        with progress_bar(f"Held-out loss, {name}") as update:
+            losses[name] = held_out.loss(build(), update)
+    return losses
+
+
+def _recovered(loss: HeldOutLoss, losses: dict[str, HeldOutLoss]) -> float:
+    """Share of the loss that the hard swap cost which this variant has back."""
+    hard, teacher = losses["hard swap"].loss, losses["teacher"].loss
+    return (hard - loss.loss) / (hard - teacher)
+
+
+def _samples(student: PowerRetentionForCausalLM, source: Source, prompt: str, seed: int) -> dict[str, str]:
+    from power_retention.serving.generate import Sampling, generate_text
+
+    sampling = Sampling(max_new_tokens=60, repetition_penalty=1.1, seed=seed)
+    with status.status("Writing a sample each"):
+        return {
+            "teacher": generate_text(source.model, source.tokenizer, prompt, sampling),
+            "student": generate_text(student, source.tokenizer, prompt, sampling),
+        }
+
+
+def _decode(model: Path, source: Source, lengths: list[int], out: Path) -> dict[str, list[DecodePoint]]:
+    from power_retention.evaluation.decode import measure_in_own_process
+    from power_retention.evaluation.figure import draw_decode_figure
+
+    measured = {}
+    with tempfile.TemporaryDirectory(prefix=".teacher-", dir=out) as teacher_folder, progress_bar("Decoding") as update:
+        source.model.save_pretrained(teacher_folder)
+        source.model.to("meta")  # the measured process needs the memory
+        for i, (name, folder) in enumerate((("teacher", Path(teacher_folder)), ("student", model))):
+            done = i * len(lengths)
+            update(done, 2 * len(lengths), f"{name}: opening")
+
+            def show(point: DecodePoint, name: str = name, done: int = done) -> None:
+                place = done + sorted(lengths).index(point.context) + 1
+                update(
+                    place, 2 * len(lengths), f"{name}, {point.context:,} tokens: {point.milliseconds:.0f} ms a token"
+                )
+
+            measured[name] = measure_in_own_process(folder, lengths, progress=show)
+    draw_decode_figure(
+        measured["teacher"],
+        measured["student"],
+        out / "decode.png",
+        f"Decoding one token of {source.name} on this CPU, float32",
+    )
+    return measured
+
+
+def _show(
+    report: dict[str, Any],
+    losses: dict[str, HeldOutLoss],
+    samples: dict[str, str],
+    prompt: str,
+    decode: dict[str, list[DecodePoint]],
+    out: Path,
+) -> None:
+    rows = [
+        (
+            name,
+            f"{loss.loss:.3f} ± {loss.loss_error:.3f}",
+            f"{loss.kl:.3f}",
+            f"{report['losses'][name]['recovered']:.0%}",
+        )
+        for name, loss in losses.items()
+    ]
+    table("Held-out loss, nats a token", ("model", "loss", "KL from the teacher", "recovered"), rows)
+    for name, sample in samples.items():
+        results.print(f"\n[bold]{name}[/]  [dim]{escape(prompt)}[/]{escape(sample)}", highlight=False)
+    if decode:
+        costs = [
+            (
+                f"{slow.context:,}",
+                f"{slow.tokens_per_second:.1f}",
+                f"{fast.tokens_per_second:.1f}",
+                f"{slow.milliseconds / fast.milliseconds:.1f}×",
+                f"{slow.resident_gb:.2f}",
+                f"{fast.resident_gb:.2f}",
+            )
+            for slow, fast in zip(decode["teacher"], decode["student"], strict=True)
+        ]
+        columns = ("context, tokens", "teacher tokens/s", "student tokens/s", "faster", "teacher GB", "student GB")
+        results.print()
+        table("Decoding and resident memory (contexts simulated)", columns, costs)
+    results.print(f"\nReport in [bold]{escape(str(out))}[/]: evaluation.json{', decode.png' if decode else ''}", highlight=False)

@@ -1,0 +1,201 @@
+"""``power-retention retrain``."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from power_retention.cli.display import print_json, progress_bar, results, status
+from power_retention.cli.options import (
+    Json,
+    Seed,
+    Teacher,
+    Text,
+    TextField,
+    open_noted_teacher,
+    open_student,
+    quiet_libraries,
+)
+
+if TYPE_CHECKING:
+    from power_retention.conversion.source import Source
+    from power_retention.models import PowerRetentionForCausalLM
+    from power_retention.training.recipe import Recipe
+    from power_retention.training.run import Progress, RunFolder
+    from power_retention.training.text import Tokens
+
+_PROBE_TOKENS = 20_000
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command(no_args_is_help=True)(retrain)
+
+
+def retrain(
+    model: Annotated[Path, typer.Argument(help="A converted model.")],
+    out: Annotated[Path, typer.Argument(help="A new folder for the retrained model and the records of the run.")],
+    text: Text = None,
+    text_field: TextField = "text",
+    teacher: Teacher = None,
+    minutes: Annotated[float, typer.Option(help="How long to train; the number of steps follows from it.")] = 10.0,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps, instead of --minutes.")] = None,
+    batch: Annotated[int, typer.Option(help="Sequences a step.")] = 4,
+    length: Annotated[int, typer.Option(help="Tokens a sequence.")] = 256,
+    align_share: Annotated[float, typer.Option(help="Share of the steps that align the mixers layer by layer.")] = 0.8,
+    align_lr: Annotated[float, typer.Option(help="Learning rate of the mixers while aligning.")] = 8e-3,
+    mixer_lr: Annotated[float, typer.Option(help="Learning rate of the mixers while distilling.")] = 5e-4,
+    other_lr: Annotated[float, typer.Option(help="Learning rate of everything else while distilling.")] = 1e-4,
+    precision: Annotated[
+        str, typer.Option(help="float32, bfloat16, or auto: whichever multiplies faster here.")
+    ] = "auto",
+    checkpoint_minutes: Annotated[float, typer.Option(help="Time between checkpoints.")] = 5.0,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in OUT exactly where it stopped.")] = False,
+    seed: Seed = 0,
+    json: Json = False,
+) -> None:
+    """Train a converted model to predict what its Transformer parent predicts: align, then distil.
+
+    Ctrl-C saves and stops; --resume continues bit for bit. A twentieth of the documents is held out for `evaluate`.
+    Examples:
+
+        power-retention retrain my-model my-model-retrained --text corpus.jsonl --minutes 30
+
+        power-retention retrain my-model my-model-retrained --text corpus.jsonl --resume
+    """
+    quiet_libraries()
+    from power_retention.errors import DataError
+    from power_retention.training.recipe import Recipe
+    from power_retention.training.retraining import Retraining, fastest_precision, steps_within
+    from power_retention.training.run import RunFolder, execute, remove_checkpoints
+
+    if not text:
+        raise DataError("retrain needs text to train on: --text FILE_OR_FOLDER.")
+    folder = RunFolder(out / "run")
+    _check_folder(out, folder, resume)
+    with status.status("Opening model, teacher and text"):
+        student, source = open_student(model), open_noted_teacher(model, teacher)
+        documents = _training_documents(text, text_field, seed)
+    if resume and folder.exists:
+        recipe, inputs = folder.read_settings()
+        _check_same_inputs(inputs, _inputs(model, source, text))
+    else:
+        rates = {"align_lr": align_lr, "mixer_lr": mixer_lr, "other_lr": other_lr, "align_share": align_share}
+        precision = fastest_precision() if precision == "auto" else _check_precision(precision)
+        recipe = Recipe(steps or 1, batch=batch, length=length, seed=seed, precision=precision, **rates)  # type: ignore[arg-type]
+        if steps is None:
+            with status.status("Timing a step of each stage"):
+                tokens = _tokenize(documents, source, recipe, _PROBE_TOKENS)
+                seconds = Retraining(student, source.model, tokens, recipe).seconds_per_step()
+            recipe = Recipe(**{**recipe.to_dict(), "steps": steps_within(minutes, seconds, align_share)})
+    with status.status("Tokenizing"):
+        tokens = _tokenize(documents, source, recipe, recipe.steps * recipe.batch * (recipe.length + 1))
+    if not folder.exists:
+        folder.begin(recipe, _inputs(model, source, text))
+    retraining = Retraining(student, source.model, tokens, recipe)
+    with progress_bar(f"Retraining, {recipe.precision}") as update:
+        execute(
+            retraining,
+            folder,
+            watch=lambda progress: update(progress.step, progress.steps, _note(progress)),
+            checkpoint_seconds=60 * checkpoint_minutes,
+        )
+    with status.status(f"Writing {escape(str(out))}"):
+        _save(student, source, model, out)
+        remove_checkpoints(folder)
+    tokens_read = recipe.steps * recipe.tokens_per_step
+    if json:
+        print_json({"out": str(out), "tokens": tokens_read, "recipe": recipe.to_dict()})
+    else:
+        results.print(
+            f"[bold]{escape(str(out))}[/] holds the retrained model ({recipe.steps} steps, {tokens_read:,} tokens). See what it "
+            f"recovered:\n  power-retention evaluate {escape(str(out))} --text …",
+            highlight=False,
+        )
+
+
+def _check_folder(out: Path, folder: RunFolder, resume: bool) -> None:
+    from power_retention.errors import CheckpointError, OutputError
+    from power_retention.files import check_new_folder
+
+    if not folder.exists:
+        if resume and out.exists() and any(out.iterdir()):
+            raise CheckpointError(f"{out} holds no run to resume; choose another folder.")
+        check_new_folder(out)
+    elif (out / "config.json").exists():
+        raise OutputError(f"{out} holds a finished retraining; choose another folder.")
+    elif not resume:
+        raise OutputError(f"{out} holds an unfinished run; continue it with --resume, or choose another folder.")
+
+
+def _check_precision(precision: str) -> str:
+    from power_retention.errors import ArgumentError
+
+    if precision not in ("float32", "bfloat16"):
+        raise ArgumentError(f"--precision must be float32, bfloat16 or auto, not {precision!r}.")
+    return precision
+
+
+def _inputs(model: Path, source: Source, text: list[Path]) -> dict[str, Any]:
+    return {
+        "model": str(model.resolve()),
+        "teacher": source.fingerprint,
+        "text": [str(path.resolve()) for path in text],
+    }
+
+
+def _check_same_inputs(noted: dict[str, Any], given: dict[str, Any]) -> None:
+    from power_retention.errors import CheckpointError
+
+    for name, value in noted.items():
+        if given[name] != value:
+            raise CheckpointError(
+                f"This run was begun with {name} {value}, not {given[name]}: resume it with the same."
+            )
+
+
+def _training_documents(text: list[Path], field: str, seed: int) -> list[str]:
+    from power_retention.training.text import read_documents, split_held_out
+
+    documents = split_held_out(read_documents(text, text_field=field))[0]
+    random.Random(seed).shuffle(documents)
+    return documents
+
+
+def _tokenize(documents: list[str], source: Source, recipe: Recipe, wanted: int) -> Tokens:
+    from power_retention.training.text import sample_batch, tokenize
+
+    tokens = tokenize(documents, source.tokenizer, max_tokens=max(wanted, recipe.batch * (recipe.length + 1)))
+    sample_batch(tokens, batch=1, length=recipe.length + 1, seed=0, step=0)  # refuses a text shorter than a window
+    return tokens
+
+
+def _note(progress: Progress) -> str:
+    metrics = progress.metrics
+    loss = f"error {metrics['alignment_error']:.3f}" if progress.stage == "align" else f"KL {metrics['kl']:.3f}"
+    return f"{progress.stage}  {loss}  {progress.tokens_per_second:,.0f} tokens/s"
+
+
+def _save(student: PowerRetentionForCausalLM, source: Source, model: Path, out: Path) -> None:
+    """The trained model beside its run; config.json comes last, so that a folder with one is complete."""
+    import os
+    import shutil
+    import tempfile
+
+    from power_retention.conversion.convert import CALIBRATION, REPORT
+    from power_retention.files import clear_write_errors, sync_folder
+
+    with clear_write_errors(out), tempfile.TemporaryDirectory(prefix=".partial-", dir=out) as partial:
+        folder = Path(partial)
+        student.eval().save_pretrained(folder)
+        source.tokenizer.save_pretrained(folder)
+        for name in (REPORT, CALIBRATION):
+            if (model / name).exists():
+                shutil.copy(model / name, folder / name)
+        sync_folder(folder)
+        for path in sorted(folder.iterdir(), key=lambda path: path.name == "config.json"):
+            os.replace(path, out / path.name)

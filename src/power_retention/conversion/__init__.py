@@ -1,0 +1,1 @@
+"""Conversion: from a pretrained Transformer to a power-retention model."""

@@ -1,0 +1,1 @@
+"""Evaluation: held-out loss against the teacher, and what decoding costs."""

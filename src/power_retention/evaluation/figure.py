@@ -1,0 +1,46 @@
+"""The figure people look at: what a token costs, and what a context weighs, against its length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from power_retention.evaluation.decode import DecodePoint
+from power_retention.files import clear_write_errors
+
+TEACHER_COLOUR, STUDENT_COLOUR = "#b0413e", "#2f6690"
+
+
+def draw_decode_figure(teacher: Sequence[DecodePoint], student: Sequence[DecodePoint], path: Path, title: str) -> None:
+    """Time a token and resident memory against context, teacher and student, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import FuncFormatter
+
+    figure, (time_axis, memory_axis) = plt.subplots(1, 2, figsize=(10, 4.2), constrained_layout=True)
+    contexts = [point.context for point in student]
+    for points, name, colour in (
+        (teacher, "Transformer (key/value cache)", TEACHER_COLOUR),
+        (student, "power retention (fixed state)", STUDENT_COLOUR),
+    ):
+        x = [point.context for point in points]
+        time_axis.plot(x, [p.milliseconds for p in points], "o-", color=colour, label=name)
+        time_axis.fill_between(x, [p.low for p in points], [p.high for p in points], color=colour, alpha=0.15, lw=0)
+        memory_axis.plot(x, [p.resident_gb for p in points], "o-", color=colour, label=name)
+    for axis, label in ((time_axis, "milliseconds a token"), (memory_axis, "resident memory, GB")):
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(contexts)
+        axis.minorticks_off()
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1024:g}k"))
+        axis.set_ylim(bottom=0)
+        axis.set_xlabel("context, tokens")
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    time_axis.legend(frameon=False)
+    figure.suptitle(title)
+    with clear_write_errors(path):
+        figure.savefig(path, dpi=150)
+    plt.close(figure)

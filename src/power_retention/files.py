@@ -1,0 +1,96 @@
+"""Writing files so that nothing is lost: complete or not at all, with one clear message when the disk refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from power_retention.errors import OutputError
+
+
+def check_new_folder(folder: Path) -> None:
+    """Refuse a folder that already holds something."""
+    if folder.is_file():
+        raise OutputError(f"{folder} is a file; the name of a new folder was expected.")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise OutputError(f"{folder} already holds something; choose another folder, or empty it first.")
+
+
+@contextmanager
+def clear_write_errors(target: Path) -> Iterator[None]:
+    """Turn an operating-system error while writing into one sentence that names the target."""
+    try:
+        yield
+    except OutputError:
+        raise
+    except OSError as error:
+        free = shutil.disk_usage(_existing_parent(target)).free / 1e9
+        raise OutputError(
+            f"Could not write {target}: {error.strerror or error} ({free:.1f} GB free there). Nothing that was there before "
+            "has been changed; free some space or choose another folder, and run the command again."
+        ) from error
+    except Exception as error:
+        # safetensors reports a full disk in an exception of its own.
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise OutputError(f"Could not write {target}: {error}. Free some space and run the command again.") from error
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Fill a temporary folder beside ``target``; it takes the target's place once everything in it is written."""
+    check_new_folder(target)
+    with clear_write_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-partial-", dir=target.parent))
+        try:
+            yield partial
+            sync_folder(partial)
+            if target.is_dir():
+                target.rmdir()
+            partial.chmod(0o755)
+            os.replace(partial, target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_json(target: Path, value: Any) -> None:
+    """Write a JSON file, complete or not at all."""
+    partial = target.with_name(f".{target.name}.partial")
+    with clear_write_errors(target):
+        try:
+            partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+            sync(partial)
+            os.replace(partial, target)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file has reached the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until every file in a folder has reached the disk."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            sync(path)
+    sync(folder)
+
+
+def _existing_parent(path: Path) -> Path:
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path

@@ -1,0 +1,141 @@
+"""The token mixer: projections around the operator, with the parameter names of the attention it replaces."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from power_retention.ops import PowerState, power_retention, power_retention_step
+
+OPEN_GATE_BIAS = 6.0
+"""Gate bias of an uncalibrated mixer with biased gates: a half-life of 280 tokens."""
+
+
+class PowerRetentionMixer(nn.Module):
+    """q, k, v and gate projections → rotary embedding → power retention → output projection.
+
+    A learned bias added to the rotated keys shifts the scores: (q·(k + b))^p = (q·k + q·b)^p.  Softmax ignores a shift,
+    an even power does not, so a converted model needs one.
+
+    Args:
+        hidden_size: width of the residual stream.
+        query_heads: Hq.
+        heads: key/value heads H; Hq is a multiple of it.
+        head_dim: width d of a head.
+        p: even power.
+        qkv_bias: biases on the q, k and v projections.
+        out_bias: a bias on the output projection.
+        gate_bias: a bias on the gate projection.
+        key_bias: the bias b on rotated keys, one a key/value head.
+        qk_norm_eps: epsilon of an RMS norm over each query and key before the rotation; None for no norm.
+        chunk_size: see :func:`power_retention.power_retention`.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        query_heads: int,
+        heads: int,
+        head_dim: int,
+        *,
+        p: int = 2,
+        qkv_bias: bool = False,
+        out_bias: bool = False,
+        gate_bias: bool = True,
+        key_bias: bool = True,
+        qk_norm_eps: float | None = None,
+        chunk_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.head_dim, self.p, self.chunk_size = head_dim, p, chunk_size
+        self.q_proj = nn.Linear(hidden_size, query_heads * head_dim, bias=qkv_bias)
+        self.k_proj = nn.Linear(hidden_size, heads * head_dim, bias=qkv_bias)
+        self.v_proj = nn.Linear(hidden_size, heads * head_dim, bias=qkv_bias)
+        self.g_proj = nn.Linear(hidden_size, heads, bias=gate_bias)
+        self.o_proj = nn.Linear(query_heads * head_dim, hidden_size, bias=out_bias)
+        self.q_norm = None if qk_norm_eps is None else nn.RMSNorm(head_dim, eps=qk_norm_eps)
+        self.k_norm = None if qk_norm_eps is None else nn.RMSNorm(head_dim, eps=qk_norm_eps)
+        self.k_bias = nn.Parameter(torch.empty(heads, head_dim)) if key_bias else None
+        self.reset_mixer_parameters()
+
+    @torch.no_grad()
+    def reset_mixer_parameters(self) -> None:
+        """Initialise what attention does not have: no key bias, and gates that start open where they have a bias."""
+        if self.k_bias is not None:
+            nn.init.zeros_(self.k_bias)
+        if self.g_proj.bias is not None:
+            nn.init.zeros_(self.g_proj.weight)
+            nn.init.constant_(self.g_proj.bias, OPEN_GATE_BIAS)
+        else:
+            nn.init.normal_(self.g_proj.weight, std=1 / math.sqrt(self.g_proj.in_features))
+
+    def queries_and_keys(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Normed and rotated queries ``[B, T, Hq, d]`` and keys ``[B, T, H, d]``, before the key bias."""
+        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))
+        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return rotate(q, cos, sin), rotate(k, cos, sin)
+
+    def log_gates(self, x: Tensor) -> Tensor:
+        """``[B, T, H]`` in float32."""
+        return F.logsigmoid(self.g_proj(x).float())
+
+    def forward(
+        self,
+        x: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        *,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        state: PowerState | None = None,
+        return_state: bool = False,
+        update_inplace: bool = False,
+    ) -> tuple[Tensor, PowerState | None]:
+        """Mix tokens.
+
+        Args:
+            x: ``[B, T, hidden]``.
+            position_embeddings: cosines and sines of the rotary embedding, ``[B or 1, T, d]``.
+            mask: ``[B, T]``, False at padding.
+            cu_seqlens: borders of packed sequences.
+            state: what was read before.
+            return_state: also return the state after the last token.
+            update_inplace: a single token may overwrite ``state`` (it belongs to the caller's cache).
+
+        Returns:
+            ``[B, T, hidden]`` and the new state, None unless asked for.
+        """
+        q, k = self.queries_and_keys(x, *position_embeddings)
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
+        if self.k_bias is not None:
+            k = k + self.k_bias.to(k.dtype)
+        q, k, log_g = q.to(v.dtype), k.to(v.dtype), self.log_gates(x)
+        new_state = None
+        if x.shape[1] == 1 and state is not None and return_state and mask is None:
+            y, new_state = power_retention_step(q[:, 0], k[:, 0], v[:, 0], log_g[:, 0], state, inplace=update_inplace)
+            y = y.unsqueeze(1)
+        else:
+            out = power_retention(
+                q,
+                k,
+                v,
+                log_g,
+                p=self.p,
+                chunk_size=self.chunk_size,
+                initial_state=state,
+                return_state=return_state,
+                cu_seqlens=cu_seqlens,
+                mask=mask,
+            )
+            y, new_state = out if isinstance(out, tuple) else (out, None)
+        return self.o_proj(y.flatten(-2)), new_state
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding in the half-split convention: x ``[B, T, heads, d]``, cos and sin ``[B or 1, T, d]``."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos.unsqueeze(-2) + torch.cat((-second, first), -1) * sin.unsqueeze(-2)

@@ -1,0 +1,253 @@
+"""The trunk, as Hugging Face classes."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from power_retention.errors import ArgumentError
+from power_retention.layers import PowerRetentionMixer
+from power_retention.models.cache import PowerRetentionCache, PowerRetentionLayerCache
+from power_retention.models.configuration import PowerRetentionConfig
+
+
+def build_mixer(config: PowerRetentionConfig) -> PowerRetentionMixer:
+    """The mixer that a configuration describes."""
+    assert config.num_key_value_heads is not None  # filled in by the configuration
+    assert config.head_dim is not None
+    return PowerRetentionMixer(
+        config.hidden_size,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+        p=config.power,
+        qkv_bias=config.qkv_bias,
+        out_bias=config.out_bias,
+        gate_bias=config.gate_bias,
+        key_bias=config.key_bias,
+        qk_norm_eps=config.rms_norm_eps if config.qk_norm else None,
+        chunk_size=config.chunk_size,
+    )
+
+
+class PowerRetentionDecoderLayer(GradientCheckpointingLayer):
+    """Norm → mixer → residual, norm → MLP → residual."""
+
+    def __init__(self, config: PowerRetentionConfig) -> None:
+        super().__init__()
+        self.self_attn = build_mixer(config)
+        self.mlp = LlamaMLP(config)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        cache: PowerRetentionLayerCache | None = None,
+    ) -> Tensor:
+        """``[B, T, hidden]`` → ``[B, T, hidden]``; the layer's cache, if any, is advanced."""
+        mixed, state = self.self_attn(
+            self.input_layernorm(hidden_states),
+            position_embeddings,
+            mask=mask,
+            cu_seqlens=cu_seqlens,
+            state=None if cache is None else cache.state,
+            return_state=cache is not None,
+            update_inplace=cache is not None and cache.may_overwrite,
+        )
+        if cache is not None:
+            cache.store(state, hidden_states.shape[1])
+        hidden_states = hidden_states + mixed
+        mapped: Tensor = self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states + mapped
+
+
+class PowerRetentionPreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialisation."""
+
+    config_class = PowerRetentionConfig
+    config: PowerRetentionConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["PowerRetentionDecoderLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _is_stateful = True
+    _can_record_outputs = {"hidden_states": PowerRetentionDecoderLayer}  # noqa: RUF012
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, PowerRetentionMixer):
+            module.reset_mixer_parameters()
+
+
+class PowerRetentionModel(PowerRetentionPreTrainedModel):
+    """Embedding, layers, final norm."""
+
+    def __init__(self, config: PowerRetentionConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(PowerRetentionDecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: PowerRetentionCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        cu_seqlens: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Run the trunk.
+
+        Args:
+            input_ids: ``[B, T]``, or ``inputs_embeds`` ``[B, T, hidden]`` instead.
+            attention_mask: ``[B, T]`` or, with a cache, ``[B, seen + T]``; 0 at padding, on whichever side.
+            position_ids: ``[B or 1, T]``; by default they count the tokens that are no padding, on from the cache.
+            past_key_values: the cache of earlier calls.
+            use_cache: make a cache if there is none.
+            cu_seqlens: borders of sequences packed into one row (without a cache).
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ArgumentError("Give exactly one of input_ids and inputs_embeds.")
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if past_key_values is None and use_cache and cu_seqlens is None:
+            past_key_values = PowerRetentionCache(self.config.num_hidden_layers)
+        check_cache(past_key_values)
+        tokens = hidden_states.shape[1]
+        mask = padding_mask(attention_mask, tokens)
+        if position_ids is None:
+            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            positions = torch.arange(seen, seen + tokens, device=hidden_states.device).unsqueeze(0)
+            position_ids = count_positions(positions, attention_mask, cu_seqlens)
+        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        for i, layer in enumerate(self.layers):
+            cache = None if past_key_values is None else past_key_values.layers[i]
+            hidden_states = layer(hidden_states, position_embeddings, mask, cu_seqlens, cache)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+
+class PowerRetentionForCausalLM(PowerRetentionPreTrainedModel, GenerationMixin):
+    """A language model whose memory does not grow."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: PowerRetentionConfig) -> None:
+        super().__init__(config)
+        self.model = PowerRetentionModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @property
+    def mixers(self) -> list[PowerRetentionMixer]:
+        """The mixer of every layer, first to last."""
+        layers = cast("list[PowerRetentionDecoderLayer]", list(self.model.layers))
+        return [layer.self_attn for layer in layers]
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: PowerRetentionCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Next-token logits ``[B, T, vocab]`` and, with labels, their loss; other arguments as in the trunk."""
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """Generation starts from our own cache; a kept one is continued."""
+        if generation_config.use_cache is False:
+            return
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise ArgumentError(
+                f"cache_implementation={generation_config.cache_implementation!r} is a key/value cache; a power-retention "
+                "model keeps a fixed state and makes its own cache: leave it unset."
+            )
+        cache = model_kwargs.get("past_key_values")
+        if cache is None:
+            model_kwargs["past_key_values"] = PowerRetentionCache(self.config.num_hidden_layers)
+            return
+        check_cache(cache)
+        cache._is_user_defined = True
+
+
+def check_cache(cache: object) -> None:
+    """Refuse a cache of keys and values."""
+    if cache is not None and not isinstance(cache, PowerRetentionCache):
+        raise ArgumentError(
+            f"past_key_values is a {type(cache).__name__}; a power-retention model needs a PowerRetentionCache. Pass None "
+            "and keep the one that comes back."
+        )
+
+
+def padding_mask(attention_mask: Tensor | None, tokens: int) -> Tensor | None:
+    """The mask of the last ``tokens`` positions as booleans ``[B, tokens]``, or None where nothing is padded."""
+    if attention_mask is None:
+        return None
+    if attention_mask.ndim != 2 or attention_mask.shape[1] < tokens:
+        raise ArgumentError(
+            f"attention_mask must be [B, T] with 0 at padding and T ≥ {tokens}, not {list(attention_mask.shape)}: causality "
+            "is built in, and other patterns have no recurrent form."
+        )
+    mask = attention_mask[:, -tokens:].bool()
+    return None if not torch.compiler.is_compiling() and bool(mask.all()) else mask
+
+
+def count_positions(positions: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """``[B or 1, T]``: the given positions ``[1, T]``, less the padding or the packed sequences before each token.
+
+    The key bias acts on rotated keys, so a token's own position matters and not only its distance to others.
+    """
+    if cu_seqlens is not None:
+        borders = cu_seqlens.to(positions)
+        return positions - borders[torch.bucketize(positions, borders, right=True) - 1]
+    if attention_mask is None:
+        return positions
+    padding = (attention_mask == 0).cumsum(-1)[:, -positions.shape[1] :]
+    return (positions - padding).clamp(min=0)

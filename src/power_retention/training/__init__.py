@@ -1,0 +1,1 @@
+"""Training: text, losses, recipe, runs that can be stopped and resumed."""

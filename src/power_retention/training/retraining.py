@@ -1,0 +1,145 @@
+"""The retraining itself: a step is a pure function of the weights, the optimiser state, the seed and the step number."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from power_retention.conversion.calibrate import attention_visited, position_offsets
+from power_retention.models import PowerRetentionForCausalLM
+from power_retention.training.losses import distillation_loss
+from power_retention.training.recipe import Recipe
+from power_retention.training.text import Tokens, sample_batch
+
+Metrics = dict[str, float]
+
+
+class Retraining:
+    """Student, teacher, tokens and optimiser of one run.
+
+    Args:
+        student: the converted model, in float32; it is trained in place.
+        teacher: the Transformer it came from; it is only read.
+        tokens: the training text.
+        recipe: what to do.
+    """
+
+    def __init__(
+        self, student: PowerRetentionForCausalLM, teacher: PreTrainedModel, tokens: Tokens, recipe: Recipe
+    ) -> None:
+        self.student, self.teacher, self.tokens, self.recipe = student, teacher, tokens, recipe
+        self.dtype = torch.bfloat16 if recipe.precision == "bfloat16" else torch.float32
+        teacher.to(self.dtype).eval().requires_grad_(False)
+        student.train()
+        mixer, other = _split_parameters(student)
+        groups = [{"params": mixer}, {"params": other}]
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+
+    def step(self, step: int) -> Metrics:
+        """Take optimiser step ``step`` (counted from 0); a step whose loss is not finite changes nothing."""
+        metrics = self.gradients(step)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.recipe.clip)
+        metrics["gradient_norm"] = float(norm)
+        for group, rate in zip(self.optimizer.param_groups, self.recipe.learning_rates(step), strict=True):
+            group["lr"] = rate
+        metrics["skipped"] = float(not torch.isfinite(norm))
+        if not metrics["skipped"]:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return metrics
+
+    def gradients(self, step: int) -> Metrics:
+        """Compute the gradients of a step without taking it."""
+        recipe = self.recipe
+        batch = sample_batch(self.tokens, batch=recipe.batch, length=recipe.length + 1, seed=recipe.seed, step=step)
+        largest = self.student.config.max_position_embeddings - recipe.length
+        offsets = position_offsets(recipe.batch, largest, seed=recipe.seed * 1_000_003 + step)
+        positions = (torch.arange(recipe.length) + offsets[:, None]).to(self.student.device)
+        batch = batch.to(self.student.device)
+        ids, labels = batch[:, :-1], batch[:, 1:]
+        return self._align(ids, positions) if recipe.stage(step) == "align" else self._distil(ids, positions, labels)
+
+    def _align(self, ids: Tensor, positions: Tensor) -> Metrics:
+        errors: list[Tensor] = []
+        mixers = self.student.mixers
+
+        def visit(index: int, x: Tensor, position_embeddings: tuple[Tensor, Tensor], wanted: Tensor) -> None:
+            # Backward layer by layer: only one mixer's activations exist at a time.
+            with torch.enable_grad(), self._autocast():
+                got, _ = mixers[index](x, position_embeddings)
+                error = (got.float() - wanted.float()).square().mean() / wanted.float().square().mean()
+            error.backward()
+            errors.append(error.detach())
+
+        with attention_visited(self.teacher, visit), torch.no_grad():
+            self.teacher.model(input_ids=ids, position_ids=positions, use_cache=False)
+        mean = float(torch.stack(errors).mean())
+        return {"loss": mean, "alignment_error": mean**0.5}
+
+    def _distil(self, ids: Tensor, positions: Tensor, labels: Tensor) -> Metrics:
+        with torch.no_grad():
+            wanted = self.teacher.model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+        with self._autocast():
+            hidden = self.student.model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+        loss, kl, next_token = distillation_loss(
+            hidden.to(self.dtype).flatten(0, 1),
+            self.student.lm_head.weight,
+            wanted.flatten(0, 1),
+            self.teacher.lm_head.weight,
+            labels.flatten(),
+            self.recipe.next_token_weight,
+        )
+        loss.backward()
+        return {"loss": float(loss.detach()), "kl": float(kl), "next_token_loss": float(next_token)}
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        return torch.autocast(self.student.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
+    def seconds_per_step(self) -> dict[str, float]:
+        """How long a step of each stage takes here; nothing is trained by asking."""
+        seconds = {}
+        for stage, share in (("align", 1.0), ("distil", 0.0)):
+            probe = Retraining.__new__(Retraining)
+            vars(probe).update(vars(self), recipe=replace(self.recipe, align_share=share))
+            for _ in range(2):  # the first pass warms up caches and allocators
+                started = time.perf_counter()
+                probe.gradients(0)
+                seconds[stage] = time.perf_counter() - started
+                self.optimizer.zero_grad(set_to_none=True)
+        return seconds
+
+
+def steps_within(minutes: float, seconds_per_step: dict[str, float], align_share: float) -> int:
+    """How many steps fit, given what a step of each stage takes; an optimiser step adds about a tenth."""
+    mean = align_share * seconds_per_step["align"] + (1 - align_share) * seconds_per_step["distil"]
+    return max(2, int(minutes * 60 / (1.1 * mean)))
+
+
+def fastest_precision() -> str:
+    """``bfloat16`` where this processor multiplies it clearly faster than float32, else ``float32``."""
+    seconds: dict[torch.dtype, float] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.randn(768, 768).to(dtype)
+        for _ in range(6):
+            started = time.perf_counter()
+            a @ a
+            seconds[dtype] = min(seconds.get(dtype, 1e9), time.perf_counter() - started)
+    return "bfloat16" if seconds[torch.bfloat16] < 0.6 * seconds[torch.float32] else "float32"
+
+
+def _split_parameters(student: PowerRetentionForCausalLM) -> tuple[list[Tensor], list[Tensor]]:
+    """(parameters of the mixers, all others), each once."""
+    mixer: list[Tensor] = [p for each in student.mixers for p in each.parameters()]
+    known = {id(p) for p in mixer}
+    return mixer, [p for p in _trainable(student) if id(p) not in known]
+
+
+def _trainable(student: PowerRetentionForCausalLM) -> Iterator[Tensor]:
+    return (p for p in student.parameters() if p.requires_grad)

@@ -5,6 +5,9 @@ from power_retention.ops.layout import LAYOUT, expand, from_blocks16, multiplici
 from power_retention.ops.operator import power_retention
 from power_retention.ops.state import PowerState
 from power_retention.ops.step import power_retention_step
+from power_retention.ops.triton import register as _register_triton
+
+_register_triton()
 
 __all__ = [
     "LAYOUT",

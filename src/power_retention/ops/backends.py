@@ -54,7 +54,11 @@ class Call:
 
 
 class Backend(Protocol):
-    """What a backend provides; ``forward`` and ``backward`` see real tensors, never fake ones."""
+    """What a backend provides; ``forward`` and ``backward`` see real tensors, never fake ones.
+
+    It may also have ``devices``, the device types it serves: tensors elsewhere pass it by without a word; and ``step``, the
+    kernel that :func:`fused_step` looks for.
+    """
 
     name: str
 
@@ -97,12 +101,31 @@ def choose_backend(call: Call) -> Backend:
         )
     refusals: list[str] = []
     for backend in candidates:
+        if not wanted and call.q.device.type not in getattr(backend, "devices", (call.q.device.type,)):
+            continue
         reason = backend.refusal(call)
         if reason is None:
             _report_fallback(tuple(refusals), backend.name)
             return backend
         refusals.append(f"{backend.name}: {reason}")
     raise BackendError(f"No backend can run this call ({'; '.join(refusals)}).")
+
+
+def fused_step(
+    q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None, memory: Tensor, normalizer: Tensor
+) -> Tensor | None:
+    """One token of decoding at p = 2 by the first backend that has a kernel for it, extending the state in place.
+
+    Shapes as in :func:`power_retention_step`.  None where no backend has one: nothing was touched then.
+    """
+    wanted = os.environ.get("POWER_RETENTION_BACKEND")
+    for backend in _BACKENDS:
+        step = getattr(backend, "step", None)
+        if step is not None and wanted in (None, "", backend.name):
+            y: Tensor | None = step(q, k, v, log_g, memory, normalizer)
+            if y is not None:
+                return y
+    return None
 
 
 _reported: set[tuple[str, ...]] = set()

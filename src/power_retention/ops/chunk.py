@@ -33,7 +33,7 @@ from power_retention.ops.layout import expand, expand_backward, multiplicity, no
 _EMBEDDED_ELEMENTS = 1 << 21
 """Entries of φ formed at a time: enough rows for a matmul, few enough to stay in cache."""
 
-_NOISE = 2.0
+NOISE = 2.0
 """Rounding error of a denominator read from a state, in units of ε·|q|^p·Σ decay·|k|^p."""
 
 
@@ -205,7 +205,7 @@ def state_noise(q: Tensor, normalizer: Tensor, p: int) -> Tensor:
         ``[N, rows]``: a few ε·|q|^p·Σ decay·|k|^p, the sum read off the normaliser.
     """
     bound = (normalizer @ norm_functional(q.shape[-1], p, normalizer)).clamp(min=0).unsqueeze(-1)
-    return _NOISE * torch.finfo(q.dtype).eps * bound * integer_power(torch.linalg.vector_norm(q, dim=-1), p)
+    return NOISE * torch.finfo(q.dtype).eps * bound * integer_power(torch.linalg.vector_norm(q, dim=-1), p)
 
 
 def _weighted(state: Tensor, head_width: int, p: int) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from power_retention.ops.backends import fused_step
 from power_retention.ops.chunk import state_noise
 from power_retention.ops.heads import FORGET, compute_dtype, integer_power, ratio, scaled_queries
 from power_retention.ops.layout import check_power, expand, multiplicity
@@ -40,6 +41,10 @@ def power_retention_step(
     batch, heads, d = k.shape
     check_power(state.p)
     check_state(state, batch=batch, heads=heads, head_width=d, value_width=v.shape[-1], p=state.p, device=q.device)
+    if inplace and state.p == 2 and not torch.compiler.is_compiling():
+        y = fused_step(q, k, v, log_g, state.memory, state.normalizer)
+        if y is not None:
+            return y, state
     dtype, p = compute_dtype(q.dtype), state.p
     queries, _ = scaled_queries(q.unsqueeze(1), heads, dtype)  # [N, r, d]
     keys, values = k.to(dtype).flatten(0, 1), v.to(dtype).flatten(0, 1)  # [N, d], [N, e]

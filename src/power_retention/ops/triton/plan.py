@@ -1,0 +1,135 @@
+"""How a call is cut: runs into slots (chunks), slots into tiles; and the tile sizes of each GPU family."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+PAD = 64
+"""Every slot owns a whole number of this many columns, so that transposed tiles are aligned and need no mask."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The slots of a call.
+
+    Attributes:
+        table: int32 ``[slots, 4]``: first token, one past the last, whether the slot is its run's first, its last.
+        borders: int32 ``[runs + 1]``: the first slot of each run.
+        slots: how many rows the table has; packed runs may leave the last ones empty.
+        size: most tokens a slot may have.
+        pad: columns a slot owns in transposed tensors.
+    """
+
+    table: Tensor
+    borders: Tensor
+    slots: int
+    size: int
+
+    @property
+    def pad(self) -> int:
+        return -(-self.size // PAD) * PAD
+
+    @property
+    def columns(self) -> int:
+        return self.slots * self.pad
+
+
+def make_plan(batch: int, tokens: int, cu_seqlens: Tensor | None, size: int, device: torch.device) -> Plan:
+    """Cut B sequences of T tokens, or the packed runs, into slots of ``size``; never waits for the device."""
+    if cu_seqlens is None:
+        return _even_plan(batch, tokens, size, device)
+    runs = cu_seqlens.numel() - 1
+    slots = runs if size >= tokens else tokens // size + runs
+    return Plan(*_cut(cu_seqlens.to(device, torch.int64), slots, size), slots, size)
+
+
+@lru_cache(maxsize=64)
+def _even_plan(batch: int, tokens: int, size: int, device: torch.device) -> Plan:
+    slots = batch * -(-tokens // size)
+    ends = torch.arange(batch + 1, device=device, dtype=torch.int64) * tokens
+    return Plan(*_cut(ends, slots, size), slots, size)
+
+
+def _cut(ends: Tensor, slots: int, size: int) -> tuple[Tensor, Tensor]:
+    counts = (ends.diff() + size - 1) // size
+    borders = torch.cat((ends.new_zeros(1), counts.cumsum(0)))
+    slot = torch.arange(slots, device=ends.device)
+    run = (torch.searchsorted(borders, slot, right=True) - 1).clamp(max=counts.numel() - 1)
+    place = slot - borders[run]
+    used = place < counts[run]
+    start = torch.where(used, ends[run] + place * size, ends[-1])
+    end = torch.where(used, torch.minimum(start + size, ends[run + 1]), ends[-1])
+    table = torch.stack((start, end, place == 0, place == counts[run] - 1), 1)
+    return table.to(torch.int32), borders.to(torch.int32)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Launch shape of one kernel: rows a program owns, rows of the tiles it walks over, warps, pipeline stages."""
+
+    rows: int
+    steps: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Launch shapes of the heavy kernels, and the block width of a state's rows inside them."""
+
+    accumulate: Tile
+    read: Tile
+    attend: Tile
+    contract: Tile
+    query_grad: Tile
+    key_grad: Tile
+    value_grad: Tile
+    block: int = 32
+
+
+_MEDIUM = Tile(64, 64, 4, 2)
+_HOPPER = {
+    16: Tiles(Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), _MEDIUM, _MEDIUM, _MEDIUM, _MEDIUM, _MEDIUM, 16),
+    32: Tiles(Tile(128, 64, 4, 3), Tile(64, 64, 4, 3), _MEDIUM, _MEDIUM, _MEDIUM, _MEDIUM, _MEDIUM, 32),
+    64: Tiles(
+        accumulate=Tile(128, 64, 4, 3), read=Tile(128, 64, 4, 4), attend=Tile(128, 64, 4, 3), contract=Tile(128, 64, 4, 3),
+        query_grad=Tile(128, 32, 4, 3), key_grad=Tile(128, 32, 4, 3), value_grad=Tile(128, 32, 4, 3), block=32,
+    ),
+    128: Tiles(
+        accumulate=Tile(256, 64, 8, 3), read=Tile(128, 64, 4, 3), attend=Tile(128, 64, 8, 2), contract=Tile(128, 64, 8, 3),
+        query_grad=Tile(128, 32, 8, 3), key_grad=Tile(64, 32, 4, 2), value_grad=Tile(128, 32, 8, 3), block=32,
+    ),
+    256: Tiles(
+        Tile(128, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1),
+        Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), 32,
+    ),
+}  # fmt: skip
+_SMALL = Tile(32, 32, 4, 1)
+_TINY = Tile(16, 16, 4, 1)
+_ANY = dict.fromkeys(
+    (16, 32, 64, 128), Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), _SMALL, _SMALL, _SMALL, _SMALL, _SMALL, 32)
+) | {256: Tiles(Tile(64, 32, 4, 1), _SMALL, _TINY, _TINY, _TINY, _TINY, _TINY, 32)}
+_WIDE_OPERANDS = dict.fromkeys(
+    (16, 32, 64, 128), Tiles(Tile(64, 32, 4, 2), _SMALL, _SMALL, _SMALL, _SMALL, _SMALL, _SMALL, 16)
+) | {256: Tiles(Tile(64, 32, 8, 1), _TINY, _TINY, _TINY, _TINY, _TINY, _TINY, 16)}
+WIDTHS = tuple(_HOPPER)
+"""Key and value widths that have kernels; others are padded to the next."""
+
+
+def tiles_for(width: int, dtype: torch.dtype, device: torch.device) -> Tiles:
+    """Fixed winners per GPU family, larger of the two head widths and operand size; never of the sequence length."""
+    if dtype != torch.bfloat16:
+        return _WIDE_OPERANDS[width]
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9:
+        return _HOPPER[width]
+    return _ANY[width]
+
+
+def interpreted() -> bool:
+    """Whether Triton runs its kernels in Python (``TRITON_INTERPRET=1``), on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"

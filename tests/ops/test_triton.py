@@ -1,0 +1,51 @@
+"""The Triton kernels, run by Triton's interpreter on the CPU: small ragged shapes against float64, memory poisoned with NaN."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from power_retention.ops import backends
+from power_retention.ops.triton.plan import make_plan
+
+HERE = Path(__file__).parent
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "ignore", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, cwd=HERE, check=False)
+
+
+def test_kernels_agree_with_float64() -> None:
+    done = run("triton_cases.py", "cpu", TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+
+
+def test_importing_the_package_does_not_import_triton() -> None:
+    code = "import sys, torch; before = set(sys.modules); import power_retention.ops; new = set(sys.modules) - before"
+    code += "; assert 'triton' not in new"
+    done = run("-c", code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_cpu_tensors_pass_by_without_a_warning(recwarn: pytest.WarningsRecorder) -> None:
+    x = torch.randn(1, 5, 2, 16)
+    call = backends.Call(x, x, x, None, None, None, None, 2, 0, False)
+    assert backends.choose_backend(call).name == "torch"
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("size", [1, 7, 16, 100])
+def test_packed_slots_cover_every_token_once(size: int) -> None:
+    borders = torch.tensor([0, 5, 30, 37])
+    plan = make_plan(1, 37, borders, size, torch.device("cpu"))
+    covered = torch.cat([torch.arange(int(a), int(b)) for a, b, _, _ in plan.table])
+    assert covered.tolist() == list(range(37))
+    assert plan.table.shape[0] == plan.slots >= int(plan.borders[-1])

@@ -1,0 +1,163 @@
+"""Calls that the Triton kernels must get right.  Run as a program, under TRITON_INTERPRET=1 or on a GPU, it checks them.
+
+A process of its own, because Triton decides when it is imported whether it interprets.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from power_retention.ops import PowerState, expand, power_retention
+from power_retention.ops.backends import fused_step
+from power_retention.ops.reference import recurrent_form
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call; ``runs`` are the lengths of packed sequences, ``strongest`` the gates' lower bound."""
+
+    batch: int = 1
+    tokens: int = 37
+    heads: tuple[int, int] = (2, 1)
+    widths: tuple[int, int] = (16, 16)
+    chunk: int = 16
+    p: int = 2
+    dtype: torch.dtype = torch.float32
+    strongest: float | None = -1.0
+    state: bool = False
+    runs: tuple[int, ...] = ()
+
+
+CASES = {
+    "attention": Case(batch=2, chunk=0),
+    "attention without gates": Case(chunk=0, strongest=None),
+    "attention, p = 4, grouped": Case(chunk=0, p=4, heads=(4, 2), widths=(16, 32)),
+    "attention, p = 6, packed": Case(chunk=0, p=6, runs=(5, 25, 7)),
+    "chunks": Case(batch=2),
+    "chunks without gates, blocks in a head": Case(strongest=None, widths=(32, 16)),
+    "one chunk, final state wanted": Case(chunk=37, state=True),
+    "states, grouped heads": Case(heads=(4, 2), widths=(16, 32), state=True),
+    "packed with states": Case(heads=(2, 2), state=True, runs=(5, 25, 7)),
+    "odd widths": Case(widths=(12, 20), state=True),
+    "gates that forget everything": Case(strongest=-300.0, state=True),
+    "float16": Case(dtype=torch.float16, state=True),
+    "one token": Case(tokens=1, state=True),
+}
+TOLERANCES = {torch.float32: 5e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+
+
+def run(case: Case, device: str, reference: bool) -> dict[str, Tensor]:
+    """Outputs and gradients of the case, by the kernels or by plain PyTorch in float64."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    (query_heads, heads), (d, e) = case.heads, case.widths
+    tokens, runs = case.tokens, len(case.runs) or case.batch
+    inputs: dict[str, Tensor] = {}
+    for name, shape in (("q", (query_heads, d)), ("k", (heads, d)), ("v", (heads, e))):
+        inputs[name] = draw(case.batch, tokens, *shape).to(case.dtype)
+    # The gradient of a row whose weights nearly cancel is all rounding, in every implementation.
+    inputs["q"] = inputs["q"] + inputs["k"].repeat_interleave(query_heads // heads, 2)
+    if case.strongest is not None:
+        inputs["log_g"] = case.strongest * torch.rand(case.batch, tokens, heads, generator=generator) ** 3
+    if case.state:
+        phi = expand(draw(runs, heads, 20, d))
+        inputs["memory"], inputs["normalizer"] = phi.mT @ draw(runs, heads, 20, e), phi.sum(-2)
+    inputs = {k: (x.double() if reference else x.to(device)).requires_grad_() for k, x in inputs.items()}
+    borders = torch.tensor([0, *case.runs]).cumsum(0).to("cpu" if reference else device) if case.runs else None
+    state = PowerState(inputs["memory"], inputs["normalizer"], case.p, d) if case.state else None
+    os.environ["POWER_RETENTION_BACKEND"] = "torch" if reference else "triton"
+    out: Any = power_retention(
+        inputs["q"], inputs["k"], inputs["v"], inputs.get("log_g"), p=case.p, chunk_size=case.chunk,
+        initial_state=state, return_state=case.state, cu_seqlens=borders,
+    )  # fmt: skip
+    outputs = (
+        {"y": out[0], "final memory": out[1].memory, "final normalizer": out[1].normalizer}
+        if case.state
+        else {"y": out}
+    )
+    generator.manual_seed(1)
+    loss = sum((x.double() * draw(*x.shape).double().to(x.device)).sum() for x in outputs.values())
+    grads = torch.autograd.grad(loss, list(inputs.values()))
+    return {k: x.detach().cpu() for k, x in outputs.items()} | {
+        f"d {k}": g.cpu() for k, g in zip(inputs, grads, strict=True)
+    }
+
+
+def failures(case: Case, device: str) -> list[str]:
+    """What is wrong with the kernels' answer, in words."""
+    expected, got = run(case, device, reference=True), run(case, device, reference=False)
+    wrong = []
+    for name, want in expected.items():
+        size = want.double().norm()
+        error = (got[name].double() - want).norm() / size if size > 1e-30 else got[name].double().norm()
+        if not error <= TOLERANCES[case.dtype]:
+            wrong.append(f"{name}: relative error {error:.1e}")
+    return wrong
+
+
+def decoding_failures(device: str) -> list[str]:
+    """Twelve tokens decoded in place by the fused kernel against the float64 recurrence."""
+    generator = torch.Generator().manual_seed(0)
+    wrong = []
+    for d, e, gated, dtype in (
+        (16, 16, True, torch.float32),
+        (12, 20, False, torch.float32),
+        (32, 16, True, torch.float16),
+    ):
+        q, k, v = (torch.randn(2, 12, n, w, generator=generator).to(dtype) for n, w in ((4, d), (2, d), (2, e)))
+        log_g = -torch.rand(2, 12, 2, generator=generator) if gated else None
+        expected, final = recurrent_form(q, k, v, log_g)
+        state = PowerState.empty(2, 2, d, e, device=device)
+        os.environ["POWER_RETENTION_BACKEND"] = "triton"
+        for t in range(12):
+            token = [x[:, t].to(device) for x in (q, k, v)]
+            gates = None if log_g is None else log_g[:, t].to(device)
+            y = fused_step(*token, gates, state.memory, state.normalizer)
+            if y is None:
+                return ["no kernel took the call"]
+            pairs = [(y, expected[:, t])]
+            if t == 11:
+                pairs += [(state.memory, final.memory), (state.normalizer, final.normalizer)]
+            errors = [float((x.cpu().double() - want).norm() / want.norm()) for x, want in pairs]
+            wrong += [f"decoding {d}x{e}, token {t}: {x:.1e}" for x in errors if not x <= TOLERANCES[dtype]]
+    return wrong
+
+
+def poison(empty: Any) -> Any:
+    """``torch.empty`` whose memory is NaN: a kernel that leaves something unwritten is found out."""
+
+    def poisoned(*args: Any, **kwargs: Any) -> Tensor:
+        x = empty(*args, **kwargs)
+        return x.fill_(torch.nan) if x.is_floating_point() else x
+
+    return poisoned
+
+
+def main(device: str, names: list[str]) -> int:
+    """Check the named cases, or all; the exit status counts the wrong ones."""
+    torch.empty, torch.empty_like = poison(torch.empty), poison(torch.empty_like)
+    bad = 0
+    for name in names or CASES:
+        wrong = failures(CASES[name], device)
+        bad += bool(wrong)
+        print(f"{name}: {'; '.join(wrong) or 'right'}", flush=True)
+    if not names:
+        wrong = decoding_failures(device)
+        bad += bool(wrong)
+        print(f"decoding: {'; '.join(wrong) or 'right'}", flush=True)
+    return bad
+
+
+if __name__ == "__main__":
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        import interpreter  # noqa: F401
+    sys.exit(main(sys.argv[1], sys.argv[2:]))

@@ -65,6 +65,7 @@ def evaluate(
     quiet_libraries()
     from power_retention.errors import DataError
     from power_retention.files import clear_write_errors, write_json
+    from power_retention.ops.layout import has_state
 
     if not text:
         raise DataError(
@@ -74,6 +75,9 @@ def evaluate(
     with status.status("Opening model, teacher and text"):
         student, source = open_student(model).eval(), open_noted_teacher(model, teacher)
         held_out = _held_out_windows(text, text_field, source, windows, length)
+    if lengths and not has_state(student.config.head_dim, student.config.power):
+        status.print(f"p = {student.config.power} leaves heads this wide no state: decoding is not measured.")
+        lengths = []
     losses = _losses(student, source.model, model, held_out)
     report: dict[str, Any] = {
         "model": str(model),

@@ -36,7 +36,7 @@ from power_retention.models import PowerRetentionForCausalLM
 SCORE_TARGET = 3.0
 """Where the mean score of a row is shifted to (scores have a standard deviation of about 3)."""
 
-HALF_LIVES = (16.0, 4096.0)
+HALF_LIVES = (4.0, 4096.0)
 """Shortest and longest half-life given to a gate, in tokens."""
 
 _RIDGE = 1e-3

@@ -8,7 +8,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from power_retention.errors import ArgumentError
-from power_retention.ops.layout import check_power
+from power_retention.ops.layout import check_power, has_state
 
 
 @strict
@@ -18,7 +18,7 @@ class PowerRetentionConfig(PreTrainedConfig):
     The trunk's fields carry the names of the Llama and Qwen families.  Fields of our own:
 
     Attributes:
-        power: the even power p.
+        power: the even power p.  Where the width of a head leaves it no state, there is no cache either.
         qkv_bias: biases on the q, k, v projections (Qwen2).
         out_bias: a bias on the output projection.
         qk_norm: RMS norm over each query and key (Qwen3).
@@ -61,6 +61,8 @@ class PowerRetentionConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        if not has_state(self.head_dim, self.power):
+            self.use_cache = False
         super().__post_init__(**kwargs)
 
     def validate_architecture(self) -> None:

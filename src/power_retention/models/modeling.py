@@ -17,6 +17,7 @@ from power_retention.errors import ArgumentError
 from power_retention.layers import PowerRetentionMixer
 from power_retention.models.cache import PowerRetentionCache, PowerRetentionLayerCache
 from power_retention.models.configuration import PowerRetentionConfig
+from power_retention.ops.layout import has_state
 
 
 def build_mixer(config: PowerRetentionConfig) -> PowerRetentionMixer:
@@ -202,6 +203,8 @@ class PowerRetentionForCausalLM(PowerRetentionPreTrainedModel, GenerationMixin):
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         """Generation starts from our own cache; a kept one is continued."""
+        if not has_state(int(self.config.head_dim or 0), self.config.power):
+            generation_config.use_cache = False  # every token is read again: right, and as slow as that sounds
         if generation_config.use_cache is False:
             return
         if generation_config.cache_implementation not in (None, "dynamic"):

@@ -48,7 +48,10 @@ def check_power(p: int) -> None:
 def state_width(head_width: int, p: int = 2) -> int:
     """Width D = C(d + p − 1, p) of φ_p for keys of width ``head_width``."""
     check_power(p)
-    return comb(head_width + p - 1, p)
+    width = 1
+    for i in range(p):  # not math.comb: a width may be symbolic under torch.compile
+        width = width * (head_width + i) // (i + 1)
+    return width
 
 
 def has_state(head_width: int, p: int) -> bool:

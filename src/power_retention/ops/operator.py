@@ -91,7 +91,9 @@ def choose_chunk_size(tokens: int, head_width: int, p: int, *, needs_state: bool
     """
     if not has_state(head_width, p):
         return 0
-    size = min(512, max(64, 1 << (state_width(head_width, p) // 4 | 1).bit_length() - 1))
+    size, width = 64, state_width(head_width, p)
+    while size < 512 and 8 * size <= width:
+        size *= 2
     return tokens if tokens <= 2 * size and not needs_state else size
 
 

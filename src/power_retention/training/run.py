@@ -147,11 +147,11 @@ def execute(
                     f"The loss was not finite for {skipped} steps in a row, up to step {done}: lower the learning rates. The "
                     "last checkpoint is untouched."
                 )
-            stopping = stop.is_set() or done == stop_after
-            if (stopping or now - last_saved > checkpoint_seconds) and done < recipe.steps:
+            stopping, finished = stop.is_set() or done == stop_after, done == recipe.steps
+            if stopping or finished or now - last_saved > checkpoint_seconds:
                 save_checkpoint(folder.checkpoints, done, retraining.student, retraining.optimizer)
                 last_saved = time.monotonic()
-            if stopping and done < recipe.steps:
+            if stopping and not finished:
                 raise RunInterrupted(f"Stopped after step {done} of {recipe.steps}; everything is saved.")
 
 

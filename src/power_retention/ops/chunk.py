@@ -30,7 +30,7 @@ from power_retention.ops.heads import (
 )
 from power_retention.ops.layout import expand, expand_backward, multiplicity, norm_functional
 
-_EMBEDDED_ELEMENTS = 1 << 21
+_EMBEDDED_ELEMENTS = 1 << 20
 """Entries of φ formed at a time: enough rows for a matmul, few enough to stay in cache."""
 
 NOISE = 2.0

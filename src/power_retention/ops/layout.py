@@ -71,7 +71,7 @@ def expand(x: Tensor, p: int = 2) -> Tensor:
     """
     if p == 2:
         d = x.shape[-1]
-        return (_rotations(x) * x.unsqueeze(-2)).flatten(-2)[..., : d * (d + 1) // 2]
+        return _rolled(x).flatten(-2)[..., : d * (d + 1) // 2]
     return _lexicographic(x, p)[-1]
 
 
@@ -86,6 +86,15 @@ def expand_backward(x: Tensor, grad: Tensor, p: int = 2) -> Tensor:
         ``[..., d]``.
     """
     return _rolled_backward(x, grad) if p == 2 else _lexicographic_backward(x, grad, p)
+
+
+def _rolled(x: Tensor) -> Tensor:
+    """[..., d] -> [..., d//2 + 1, d], each row x times a rotation of itself."""
+    rotations = _rotations(x)
+    if x.requires_grad and torch.is_grad_enabled():
+        return rotations * x.unsqueeze(-2)
+    # Into memory of its own: a product takes over the strides of the overlapping rows, and flattening would copy it.
+    return torch.mul(rotations, x.unsqueeze(-2), out=x.new_empty(rotations.shape))
 
 
 def _rotations(x: Tensor) -> Tensor:

@@ -178,3 +178,17 @@ def test_compiled_step() -> None:
     y, state = torch.compile(power_retention_step, fullgraph=True, backend="aot_eager")(*inputs, problem.state)
     assert torch.allclose(y, expected_y)
     assert torch.allclose(state.memory, expected.memory)
+
+
+def test_compiled_once_for_several_widths() -> None:
+    """The second shape makes lengths, widths and head counts symbolic."""
+    compiled = torch.compile(power_retention, fullgraph=True, backend="aot_eager")
+    for tokens, query_heads, heads, width, p in ((40, 4, 2, 8, 2), (33, 6, 3, 16, 2), (20, 2, 2, 4, 4)):
+        q, k, v = (torch.randn(1, tokens, h, width, requires_grad=True) for h in (query_heads, heads, heads))
+        log_g = -torch.rand(1, tokens, heads)
+        y, state = compiled(q, k, v, log_g, p=p, return_state=True)
+        wanted, wanted_state = power_retention(q, k, v, log_g, p=p, return_state=True)
+        torch.testing.assert_close((y, state.memory), (wanted, wanted_state.memory))
+        got = torch.autograd.grad(y.sum() + state.memory.sum(), (q, k, v))
+        expected = torch.autograd.grad(wanted.sum() + wanted_state.memory.sum(), (q, k, v))
+        torch.testing.assert_close(got, expected)

@@ -10,6 +10,7 @@ the end, on 64 windows of 512 tokens.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import time
 from dataclasses import dataclass, replace
@@ -27,10 +28,11 @@ from power_retention.conversion.swap import swap_attention
 from power_retention.evaluation.loss import HeldOut
 from power_retention.training.recipe import Recipe
 from power_retention.training.retraining import Retraining
-from power_retention.training.text import read_documents, split_held_out, tokenize
+from power_retention.training.text import Tokens, read_documents, split_held_out, tokenize
 
 STEP_SECONDS, ALIGN_SECONDS, DISTIL_SECONDS = 0.5, 0.0011, 0.003
 TOKENS = 1_500_000
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @dataclass(frozen=True)
@@ -83,18 +85,16 @@ def trials() -> list[Trial]:
 
 
 def run(trial: Trial, teacher_folder: str, ids: torch.Tensor, held_out: torch.Tensor) -> dict[str, Any]:
-    from power_retention.training.text import Tokens
-
     teacher, student = (
-        AutoModelForCausalLM.from_pretrained(teacher_folder, dtype=torch.float32).cuda().eval() for _ in range(2)
+        AutoModelForCausalLM.from_pretrained(teacher_folder, dtype=torch.float32).to(DEVICE).eval() for _ in range(2)
     )
     swap_attention(student)
-    calibrate_mixers(student, teacher, calibration_windows(ids, count=16, length=512).cuda())
+    calibrate_mixers(student, teacher, calibration_windows(ids, count=16, length=512).to(DEVICE))
     measured = HeldOut(teacher, held_out)
     recipe = trial.recipe()
     result: dict[str, Any] = {**vars(trial), "steps": recipe.steps, "start": measured.loss(student).to_dict()}
     tokens = Tokens(ids.int().numpy(), torch.tensor([0, len(ids)]).numpy())
-    retraining = Retraining(student, teacher, tokens, recipe)
+    retraining = Retraining(student, copy.deepcopy(teacher), tokens, recipe)
     for step in range(recipe.steps):
         retraining.step(step)
         if step + 1 == recipe.align_steps:

@@ -27,10 +27,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import power_retention.models
 from power_retention import power_retention
-from power_retention.cli.env import collect, matmul_rate
+from power_retention.cli.env import collect
 from power_retention.evaluation.decode import DecodePoint, measure_in_own_process
 from power_retention.evaluation.figure import STUDENT_COLOUR, TEACHER_COLOUR, draw_decode_figure
 from power_retention.files import write_json
+from power_retention.machine import matmul_rate
 from power_retention.ops import state_width
 
 ROOT = Path(__file__).parents[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -62,18 +63,27 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 def write_json(target: Path, value: Any) -> None:
     """Write a JSON file, complete or not at all."""
-    partial = target.with_name(f".{target.name}.partial")
-    with clear_write_errors(target):
-        try:
-            partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-            sync(partial)
-            os.replace(partial, target)
-        finally:
-            partial.unlink(missing_ok=True)
+    with clear_write_errors(target), replacement(target) as partial:
+        partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def replacement(target: Path) -> Iterator[Path]:
+    """A temporary file beside ``target``; what is written to it takes the target's place once it is safe on disk."""
+    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        yield partial
+        sync(partial)
+        os.replace(partial, target)
+        sync(target.parent)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
-    """Wait until a file has reached the disk."""
+    """Wait until a file, or a folder's list of names where the system lets one, has reached the disk."""
+    if os.name != "posix" and path.is_dir():
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

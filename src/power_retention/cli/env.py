@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import time
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -36,6 +35,7 @@ def collect() -> dict[str, Any]:
     import psutil
     import torch
 
+    from power_retention.machine import matmul_rate
     from power_retention.ops import LAYOUT, backend_names
 
     report: dict[str, Any] = {name: _version(name) for name in _PACKAGES}
@@ -53,19 +53,6 @@ def collect() -> dict[str, Any]:
         "backends": ", ".join(backend_names()),
     }
     return report
-
-
-def matmul_rate(dtype: Any, size: int = 1024) -> float:
-    """Best of several square matrix products on the CPU, in 10⁹ operations a second."""
-    import torch
-
-    a = torch.randn(size, size).to(dtype)
-    best = float("inf")
-    for _ in range(8):
-        started = time.perf_counter()
-        a @ a
-        best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best / 1e9
 
 
 def _version(package: str) -> str:

@@ -77,13 +77,14 @@ def retrain(
         raise DataError("retrain needs text to train on: --text FILE_OR_FOLDER.")
     folder = RunFolder(out / "run")
     _check_folder(out, folder, resume)
-    with status.status("Opening model, teacher and text"):
+    with status.status("Opening model and teacher"):
         student, source = open_student(model), open_noted_teacher(model, teacher)
-        documents = _training_documents(text, text_field, seed)
     if resume and folder.exists:
         recipe, inputs = folder.read_settings()
-        _check_same_inputs(inputs, _inputs(model, source, text))
+        _check_same_inputs(inputs, _inputs(model, source, text, text_field))
+        documents = _training_documents(text, text_field, recipe.seed)
     else:
+        documents = _training_documents(text, text_field, seed)
         rates = {"align_lr": align_lr, "mixer_lr": mixer_lr, "other_lr": other_lr, "align_share": align_share}
         precision = fastest_precision() if precision == "auto" else _check_precision(precision)
         recipe = Recipe(steps or 1, batch=batch, length=length, seed=seed, precision=precision, **rates)  # type: ignore[arg-type]
@@ -95,7 +96,7 @@ def retrain(
     with status.status("Tokenizing"):
         tokens = _tokenize(documents, source, recipe, recipe.steps * recipe.batch * (recipe.length + 1))
     if not folder.exists:
-        folder.begin(recipe, _inputs(model, source, text))
+        folder.begin(recipe, _inputs(model, source, text, text_field))
     retraining = Retraining(student, source.model, tokens, recipe)
     with progress_bar(f"Retraining, {recipe.precision}") as update:
         execute(
@@ -141,11 +142,12 @@ def _check_precision(precision: str) -> str:
     return precision
 
 
-def _inputs(model: Path, source: Source, text: list[Path]) -> dict[str, Any]:
+def _inputs(model: Path, source: Source, text: list[Path], field: str) -> dict[str, Any]:
     return {
         "model": str(model.resolve()),
         "teacher": source.fingerprint,
         "text": [str(path.resolve()) for path in text],
+        "text field": field,
     }
 
 

@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 import os
-import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -25,6 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from power_retention.errors import ArgumentError, OutputError, StateError
+from power_retention.files import replacement
 from power_retention.ops.layout import LAYOUT, blocks16_width, from_blocks16
 from power_retention.ops.state import PowerState
 
@@ -258,19 +258,9 @@ def _safetensors_parts(header: StateHeader, tensors: Mapping[str, Tensor]) -> It
 
 
 def _write_atomically(path: Path, parts: Iterable[bytes | memoryview]) -> None:
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        try:
-            with open(temporary, "xb") as file:
-                for part in parts:
-                    file.write(part)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        _sync_folder(path.parent)
+        with replacement(path) as temporary, open(temporary, "xb") as file:
+            file.writelines(parts)
     except OSError as error:
         remedy = "Free some space or choose another folder"
         if not path.parent.is_dir():
@@ -279,17 +269,6 @@ def _write_atomically(path: Path, parts: Iterable[bytes | memoryview]) -> None:
             f"The state cannot be written to {path}: {error.strerror or error}. {remedy}; whatever was there before is "
             "unchanged."
         ) from error
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the new name itself survive a power cut, where folders can be opened."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _safetensors_metadata(path: Path) -> dict[str, str]:

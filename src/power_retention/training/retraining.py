@@ -5,16 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from power_retention.conversion.calibrate import attention_visited, position_offsets
+from power_retention.machine import matmul_rate
 from power_retention.models import PowerRetentionForCausalLM
 from power_retention.training.losses import distillation_loss
-from power_retention.training.recipe import Recipe
+from power_retention.training.recipe import Recipe, Stage
 from power_retention.training.text import Tokens, sample_batch
 
 Metrics = dict[str, float]
@@ -55,8 +55,8 @@ class Retraining:
         self.optimizer.zero_grad(set_to_none=True)
         return metrics
 
-    def gradients(self, step: int) -> Metrics:
-        """Compute the gradients of a step without taking it."""
+    def gradients(self, step: int, stage: Stage | None = None) -> Metrics:
+        """Compute the gradients of a step without taking it; of another stage's loss if one is named."""
         recipe = self.recipe
         batch = sample_batch(self.tokens, batch=recipe.batch, length=recipe.length + 1, seed=recipe.seed, step=step)
         largest = self.student.config.max_position_embeddings - recipe.length
@@ -64,7 +64,8 @@ class Retraining:
         positions = (torch.arange(recipe.length) + offsets[:, None]).to(self.student.device)
         batch = batch.to(self.student.device)
         ids, labels = batch[:, :-1], batch[:, 1:]
-        return self._align(ids, positions) if recipe.stage(step) == "align" else self._distil(ids, positions, labels)
+        aligning = (stage or recipe.stage(step)) == "align"
+        return self._align(ids, positions) if aligning else self._distil(ids, positions, labels)
 
     def _align(self, ids: Tensor, positions: Tensor) -> Metrics:
         errors: list[Tensor] = []
@@ -104,13 +105,12 @@ class Retraining:
 
     def seconds_per_step(self) -> dict[str, float]:
         """How long a step of each stage takes here; nothing is trained by asking."""
-        seconds = {}
-        for stage, share in (("align", 1.0), ("distil", 0.0)):
-            probe = Retraining.__new__(Retraining)
-            vars(probe).update(vars(self), recipe=replace(self.recipe, align_share=share))
+        seconds: dict[str, float] = {}
+        stages: tuple[Stage, ...] = ("align", "distil")
+        for stage in stages:
             for _ in range(2):  # the first pass warms up caches and allocators
                 started = time.perf_counter()
-                probe.gradients(0)
+                self.gradients(0, stage)
                 seconds[stage] = time.perf_counter() - started
                 self.optimizer.zero_grad(set_to_none=True)
         return seconds
@@ -124,14 +124,7 @@ def steps_within(minutes: float, seconds_per_step: dict[str, float], align_share
 
 def fastest_precision() -> str:
     """``bfloat16`` where this processor multiplies it clearly faster than float32, else ``float32``."""
-    seconds: dict[torch.dtype, float] = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a = torch.randn(768, 768).to(dtype)
-        for _ in range(6):
-            started = time.perf_counter()
-            a @ a
-            seconds[dtype] = min(seconds.get(dtype, 1e9), time.perf_counter() - started)
-    return "bfloat16" if seconds[torch.bfloat16] < 0.6 * seconds[torch.float32] else "float32"
+    return "bfloat16" if 0.6 * matmul_rate(torch.bfloat16) > matmul_rate(torch.float32) else "float32"
 
 
 def _split_parameters(student: PowerRetentionForCausalLM) -> tuple[list[Tensor], list[Tensor]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import signal
 import threading
@@ -17,7 +16,7 @@ from types import FrameType
 from typing import Any
 
 from power_retention.errors import CheckpointError, PowerRetentionError, RunInterrupted
-from power_retention.files import clear_write_errors, write_json
+from power_retention.files import clear_write_errors, replacement, write_json
 from power_retention.training.checkpoint import load_latest, save_checkpoint
 from power_retention.training.recipe import Recipe
 from power_retention.training.retraining import Metrics, Retraining
@@ -82,9 +81,8 @@ class RunFolder:
         if not self.metrics.exists():
             return
         lines = [line for line in self.metrics.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
-        partial = self.metrics.with_suffix(".partial")
-        partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        os.replace(partial, self.metrics)
+        with clear_write_errors(self.metrics), replacement(self.metrics) as partial:
+            partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def _step_of(line: str) -> float:

@@ -25,7 +25,20 @@ from real_models import write_stories_gguf, write_stories_model
 from tiny_models import randomise
 
 COMMAND = Path(sys.executable).with_name("power-retention")
-RECIPE = ("--steps", "30", "--batch", "2", "--length", "64", "--align-share", "0.5", "--precision", "float32")
+RECIPE = (
+    "--seed",
+    "3",
+    "--steps",
+    "30",
+    "--batch",
+    "2",
+    "--length",
+    "64",
+    "--align-share",
+    "0.5",
+    "--precision",
+    "float32",
+)
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "80"}
 
 

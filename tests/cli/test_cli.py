@@ -322,7 +322,10 @@ class TestSources:
         config = json.loads((copied / "config.json").read_text())
         (copied / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
         message = here.refusal("convert", copied, tmp_path / "out")
-        assert "has model_type 'gpt2', which cannot be converted; supported: llama, mistral, qwen2, qwen3." in message
+        assert (
+            "has model_type 'gpt2', which cannot be converted; supported: llama, mistral, qwen2, qwen3, qwen3_moe, "
+            in message
+        )
 
     def test_truncated_safetensors(self, copied: Path, tmp_path: Path, here: Here) -> None:
         truncate(copied / "model.safetensors")

@@ -19,6 +19,14 @@ from power_retention.models import PowerRetentionConfig, PowerRetentionForCausal
 from tiny_models import PARENTS, assert_close, tiny_parent, tokens
 
 every_family = pytest.mark.parametrize("kind", PARENTS)
+FLAGS = {
+    "llama, every bias": {"qkv_bias", "out_bias", "mlp_bias"},
+    "qwen2": {"qkv_bias"},
+    "qwen3": {"qk_norm"},
+    "qwen3_moe": {"qk_norm"},
+    "glm4_moe": {"qkv_bias", "qk_norm"},
+    "starcoder2": {"qkv_bias", "out_bias", "mlp_bias"},
+}
 NEW = ("g_proj.weight", "g_proj.bias", "k_bias")
 
 
@@ -53,9 +61,10 @@ def test_the_configuration_is_the_parents(kind: str) -> None:
     assert (config.power, config.chunk_size, config.parent) == (4, 16, {"name": "mother"})
     for field in ("vocab_size", "hidden_size", "num_hidden_layers", "num_key_value_heads", "rope_parameters"):
         assert getattr(config, field) == getattr(parent, field)
-    biased = kind in ("llama, every bias", "qwen2")
-    assert (config.qkv_bias, config.out_bias) == (biased, kind == "llama, every bias")
-    assert (config.mlp_bias, config.qk_norm) == (kind == "llama, every bias", kind == "qwen3")
+    flags = ("qkv_bias", "out_bias", "mlp_bias", "qk_norm")
+    assert {flag for flag in flags if getattr(config, flag)} == FLAGS.get(kind, set())
+    assert config.rms_norm_eps == (1e-3 if kind == "starcoder2" else parent.rms_norm_eps)
+    assert [config.has_experts(layer) for layer in (0, 1)] == [False, kind.endswith("_moe")]
 
 
 def softmax_inputs(parent: PreTrainedModel, ids: Tensor, positions: Tensor) -> list[dict[str, Tensor]]:
@@ -193,7 +202,9 @@ def test_the_hard_swap_is_a_copy_with_bare_mixers(parent: PreTrainedModel) -> No
 def test_what_cannot_be_swapped_is_left_as_it_was(parent: PreTrainedModel) -> None:
     gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=97, bos_token_id=1, eos_token_id=1))
     with pytest.raises(
-        SourceError, match="A 'gpt2' model cannot be converted; supported are llama, mistral, qwen2, qwen3"
+        SourceError,
+        match="A 'gpt2' model cannot be converted; supported are llama, mistral, qwen2, qwen3, qwen3_moe, glm4_moe, "
+        "starcoder2",
     ):
         swap_attention(gpt2)
     assert type(gpt2) is GPT2LMHeadModel

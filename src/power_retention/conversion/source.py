@@ -34,12 +34,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from power_retention.conversion.families import SUPPORTED_MODEL_TYPES
+from power_retention.conversion.families import CONVERTED_MODEL_TYPES, SUPPORTED_MODEL_TYPES
 from power_retention.errors import SourceError
 
 SourceKind = Literal["directory", "hub", "gguf"]
 
-_CONVERTED_MODEL_TYPE = "power_retention"
+_GGUF_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _TOKENIZER_FILES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
 _HUB_FILES = ("*.json", "*.jinja", "model*.safetensors", "tokenizer.model", "merges.txt")
@@ -237,7 +237,7 @@ def _check_config(config: Mapping[str, Any], where: str) -> None:
     """Refuse every kind of model that cannot be converted."""
     model_type = config.get("model_type")
     supported = ", ".join(SUPPORTED_MODEL_TYPES)
-    if model_type == _CONVERTED_MODEL_TYPE:
+    if model_type in CONVERTED_MODEL_TYPES:
         raise SourceError(f"{where} is already a power-retention model: there is nothing to convert.")
     if config.get("is_encoder_decoder"):
         raise SourceError(
@@ -362,6 +362,11 @@ def _check_gguf(path: Path) -> None:
         size = len(data)
     architecture = header.metadata.get("general.architecture")
     _check_config({"model_type": architecture}, str(path))
+    if architecture not in _GGUF_MODEL_TYPES:
+        raise SourceError(
+            f"{path} is a {architecture} model; of those only a Hugging Face directory or hub id can be converted, GGUF files "
+            f"of {', '.join(_GGUF_MODEL_TYPES)}."
+        )
     end = max((_tensor_end(tensor, header.data_start, path) for tensor in header.tensors), default=header.data_start)
     if end > size:
         raise SourceError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,7 +36,8 @@ def swap_attention(
         swap_attention(model)          # calibrate_mixers(model, ...) gives it a better start
 
     Args:
-        model: a Llama, Mistral, Qwen2 or Qwen3 model for causal language modelling.
+        model: a model for causal language modelling of a family in
+            :data:`~power_retention.conversion.families.SUPPORTED_MODEL_TYPES`.
         p: even power.
         gate_bias: give the gates a bias; without it they start at ½, a half-life of one token.
         key_bias: give the rotated keys a learned bias.
@@ -67,6 +70,23 @@ def swap_attention(
     student.train(model.training)
     student.generation_config = model.generation_config
     return _become(model, student)
+
+
+@contextmanager
+def softmax_put_back(model: PowerRetentionForCausalLM) -> Iterator[None]:
+    """While open, every mixer computes softmax attention: a fresh swap must then agree with its parent.
+
+    Gates are not used, and a key bias shifts whole rows of scores, which softmax ignores.  What is left of a difference is a
+    wrong mapping of weights or fields.  Call the model with ``use_cache=False``.
+    """
+    before = [mixer.softmax for mixer in model.mixers]
+    try:
+        for mixer in model.mixers:
+            mixer.softmax = True
+        yield
+    finally:
+        for mixer, softmax in zip(model.mixers, before, strict=True):
+            mixer.softmax = softmax
 
 
 def _become(model: PreTrainedModel, student: PowerRetentionForCausalLM) -> PowerRetentionForCausalLM:

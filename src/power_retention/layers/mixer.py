@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from power_retention.errors import ArgumentError
+from power_retention.layers.softmax import softmax_attention
 from power_retention.ops import PowerState, power_retention, power_retention_step
 
 OPEN_GATE_BIAS = 6.0
@@ -32,6 +34,7 @@ class PowerRetentionMixer(nn.Module):
         key_bias: the bias b on rotated keys, one a key/value head.
         qk_norm_eps: epsilon of an RMS norm over each query and key before the rotation; None for no norm.
         chunk_size: see :func:`power_retention.power_retention`.
+        softmax: compute the softmax attention that the power stands in for; there is no state then.
     """
 
     def __init__(
@@ -48,9 +51,10 @@ class PowerRetentionMixer(nn.Module):
         key_bias: bool = True,
         qk_norm_eps: float | None = None,
         chunk_size: int | None = None,
+        softmax: bool = False,
     ) -> None:
         super().__init__()
-        self.head_dim, self.p, self.chunk_size = head_dim, p, chunk_size
+        self.head_dim, self.p, self.chunk_size, self.softmax = head_dim, p, chunk_size, softmax
         self.q_proj = nn.Linear(hidden_size, query_heads * head_dim, bias=qkv_bias)
         self.k_proj = nn.Linear(hidden_size, heads * head_dim, bias=qkv_bias)
         self.v_proj = nn.Linear(hidden_size, heads * head_dim, bias=qkv_bias)
@@ -115,7 +119,11 @@ class PowerRetentionMixer(nn.Module):
             k = k + self.k_bias.to(k.dtype)
         q, k, log_g = q.to(v.dtype), k.to(v.dtype), self.log_gates(x)
         new_state = None
-        if x.shape[1] == 1 and state is not None and return_state and mask is None:
+        if self.softmax:
+            if return_state:
+                raise ArgumentError("Softmax attention (use_exp=True) keeps no state; pass use_cache=False.")
+            y = softmax_attention(q, k, v, mask=mask, cu_seqlens=cu_seqlens)
+        elif x.shape[1] == 1 and state is not None and return_state and mask is None:
             y, new_state = power_retention_step(q[:, 0], k[:, 0], v[:, 0], log_g[:, 0], state, inplace=update_inplace)
             y = y.unsqueeze(1)
         else:
@@ -136,6 +144,11 @@ class PowerRetentionMixer(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding in the half-split convention: x ``[B, T, heads, d]``, cos and sin ``[B or 1, T, d]``."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos.unsqueeze(-2) + torch.cat((-second, first), -1) * sin.unsqueeze(-2)
+    """Rotary embedding in the half-split convention: x ``[B, T, heads, d]``, cos and sin ``[B or 1, T, r]``.
+
+    Where r < d (GLM), only the first r channels turn.
+    """
+    turning, resting = x.split((cos.shape[-1], x.shape[-1] - cos.shape[-1]), dim=-1)
+    first, second = turning.chunk(2, dim=-1)
+    turned = turning * cos.unsqueeze(-2) + torch.cat((-second, first), -1) * sin.unsqueeze(-2)
+    return torch.cat((turned, resting), -1) if resting.shape[-1] else turned

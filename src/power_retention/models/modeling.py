@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -17,7 +16,7 @@ from power_retention.errors import ArgumentError
 from power_retention.layers import PowerRetentionMixer
 from power_retention.models.cache import PowerRetentionCache, PowerRetentionLayerCache
 from power_retention.models.configuration import PowerRetentionConfig
-from power_retention.ops.layout import has_state
+from power_retention.models.parts import PowerRetentionRotaryEmbedding, build_mlp, build_norm, init_experts
 
 
 def build_mixer(config: PowerRetentionConfig) -> PowerRetentionMixer:
@@ -35,19 +34,20 @@ def build_mixer(config: PowerRetentionConfig) -> PowerRetentionMixer:
         gate_bias=config.gate_bias,
         key_bias=config.key_bias,
         qk_norm_eps=config.rms_norm_eps if config.qk_norm else None,
-        chunk_size=config.chunk_size,
+        chunk_size=config.operator_chunk_size,
+        softmax=config.use_exp,
     )
 
 
 class PowerRetentionDecoderLayer(GradientCheckpointingLayer):
     """Norm → mixer → residual, norm → MLP → residual."""
 
-    def __init__(self, config: PowerRetentionConfig) -> None:
+    def __init__(self, config: PowerRetentionConfig, layer: int) -> None:
         super().__init__()
         self.self_attn = build_mixer(config)
-        self.mlp = LlamaMLP(config)
-        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = build_mlp(config, layer)
+        self.input_layernorm = build_norm(config)
+        self.post_attention_layernorm = build_norm(config)
 
     def forward(
         self,
@@ -91,6 +91,8 @@ class PowerRetentionPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, PowerRetentionMixer):
             module.reset_mixer_parameters()
+        else:
+            init_experts(module, self.config.initializer_range)
 
 
 class PowerRetentionModel(PowerRetentionPreTrainedModel):
@@ -99,9 +101,9 @@ class PowerRetentionModel(PowerRetentionPreTrainedModel):
     def __init__(self, config: PowerRetentionConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.layers = nn.ModuleList(PowerRetentionDecoderLayer(config) for _ in range(config.num_hidden_layers))
-        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = LlamaRotaryEmbedding(config)
+        self.layers = nn.ModuleList(PowerRetentionDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = build_norm(config)
+        self.rotary_emb = PowerRetentionRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -203,7 +205,7 @@ class PowerRetentionForCausalLM(PowerRetentionPreTrainedModel, GenerationMixin):
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         """Generation starts from our own cache; a kept one is continued."""
-        if not has_state(int(self.config.head_dim or 0), self.config.power):
+        if not self.config.keeps_state:
             generation_config.use_cache = False  # every token is read again: right, and as slow as that sounds
         if generation_config.use_cache is False:
             return

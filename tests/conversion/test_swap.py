@@ -201,11 +201,7 @@ def test_the_hard_swap_is_a_copy_with_bare_mixers(parent: PreTrainedModel) -> No
 
 def test_what_cannot_be_swapped_is_left_as_it_was(parent: PreTrainedModel) -> None:
     gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=97, bos_token_id=1, eos_token_id=1))
-    with pytest.raises(
-        SourceError,
-        match="A 'gpt2' model cannot be converted; supported are llama, mistral, qwen2, qwen3, qwen3_moe, glm4_moe, "
-        "starcoder2",
-    ):
+    with pytest.raises(SourceError, match="A 'gpt2' model cannot be converted; supported are llama, mistral, qwen2, "):
         swap_attention(gpt2)
     assert type(gpt2) is GPT2LMHeadModel
     with pytest.raises(ArgumentError, match="p must be an even integer"):

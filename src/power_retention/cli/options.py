@@ -74,24 +74,31 @@ def open_student(folder: Path) -> PowerRetentionForCausalLM:
     """
     import torch
     from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     from power_retention.errors import SourceError
-    from power_retention.models import PowerRetentionForCausalLM
+    from power_retention.models import PowerRetentionConfig
 
     if not (folder / "config.json").is_file():
         raise SourceError(
             f"{folder} holds no model (no config.json); `power-retention convert SOURCE {folder}` makes one."
         )
     try:
-        model, loading = PowerRetentionForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
-        )
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        ours = isinstance(config, PowerRetentionConfig)
+        options = {"config": config, "dtype": torch.float32, "output_loading_info": True, "local_files_only": True}
+        model, loading = AutoModelForCausalLM.from_pretrained(folder, **options) if ours else (None, {})
     except (OSError, ValueError, SafetensorError, RuntimeError) as error:
         raise SourceError(f"The model in {folder} cannot be loaded: {error}") from error
+    if model is None:
+        raise SourceError(
+            f"{folder} is not a power-retention model but a {config.model_type!r} one; `power-retention convert` turns a "
+            "Transformer into one."
+        )
     if loading["missing_keys"]:
         raise SourceError(
-            f"{folder} is not a power-retention model, or is incomplete: it lacks {sorted(loading['missing_keys'])[0]} and "
-            f"{len(loading['missing_keys']) - 1} more weights. `power-retention convert` turns a Transformer into one."
+            f"{folder} is incomplete: it lacks {sorted(loading['missing_keys'])[0]} and {len(loading['missing_keys']) - 1} "
+            "more weights. Fetch or convert the model again."
         )
     student: PowerRetentionForCausalLM = model
     return student

@@ -208,6 +208,7 @@ class PowerRetentionForCausalLM(PowerRetentionPreTrainedModel, GenerationMixin):
         if not self.config.keeps_state:
             generation_config.use_cache = False  # every token is read again: right, and as slow as that sounds
         if generation_config.use_cache is False:
+            generation_config.prefill_chunk_size = None  # Brumby's own field, which the library takes for its own, too
             return
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise ArgumentError(

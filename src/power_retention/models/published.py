@@ -7,6 +7,7 @@ They are our trunk in two of its configurations; only the files differ.
 from __future__ import annotations
 
 from dataclasses import fields
+from inspect import get_annotations
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -30,7 +31,7 @@ class PublishedConfig(PowerRetentionConfig):
 
     def to_diff_dict(self) -> dict[str, Any]:
         """What the file holds: the published fields, under the names that the published code reads."""
-        theirs = {field.name for field in fields(self.parent_class)} | set(type(self).__dict__["__annotations__"])
+        theirs = {field.name for field in fields(self.parent_class)} | set(get_annotations(type(self)))
         ours = {field.name for field in fields(PowerRetentionConfig)} - theirs
         values = {name: value for name, value in super().to_diff_dict().items() if name not in ours}
         rope = dict(values.pop("rope_parameters", None) or {})
@@ -50,7 +51,7 @@ class BrumbyConfig(PublishedConfig):
         attention_bias: biases on q, k, v and o.
         use_exp: softmax in the power's place.
         chunk_size: cached tokens at which the published decoder folds its cache.
-        prefill_chunk_size: tokens a chunk of the published prefill; kept for the file.
+        prefill_chunk_size: tokens a piece of the prompt that ``generate`` reads at a time.
         switch_over_seq_len: length up to which the published code takes the attention form; kept for the file.
     """
 

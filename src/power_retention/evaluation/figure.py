@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from power_retention.evaluation.decode import DecodePoint
+from power_retention.evaluation.plan import Plan
 from power_retention.files import clear_write_errors
 
 TEACHER_COLOUR, STUDENT_COLOUR = "#b0413e", "#2f6690"
@@ -41,6 +42,39 @@ def draw_decode_figure(teacher: Sequence[DecodePoint], student: Sequence[DecodeP
         axis.spines[["top", "right"]].set_visible(False)
     time_axis.legend(frameon=False)
     figure.suptitle(title)
+    with clear_write_errors(path):
+        figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def draw_plan_figure(plan: Plan, path: Path) -> None:
+    """Users and tokens a second of the planned GPUs against context, model and parent, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import FuncFormatter
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), constrained_layout=True)
+    for servings, name, colour in (
+        (plan.parent, "Transformer (key/value cache)", TEACHER_COLOUR),
+        (plan.student, "power retention (fixed state)", STUDENT_COLOUR),
+    ):
+        for axis, field in zip(axes, ("users", "tokens_per_second"), strict=True):
+            served = [(serving.context, getattr(serving, field)) for serving in servings if serving.users]
+            axis.plot(*zip(*served, strict=True), "o-", color=colour, label=name) if served else None
+    for axis, label in zip(axes, ("users", "tokens a second, all users"), strict=True):
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set_xticks([serving.context for serving in plan.student])
+        axis.minorticks_off()
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1024:g}k"))
+        axis.set_xlabel("context, tokens")
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(frameon=False)
+    figure.suptitle(f"{plan.name} on {plan.gpus} × {plan.gpu.name}: what fits, and its bandwidth bound")
     with clear_write_errors(path):
         figure.savefig(path, dpi=150)
     plt.close(figure)

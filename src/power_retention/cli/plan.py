@@ -1,0 +1,125 @@
+"""``power-retention plan``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+
+from power_retention.cli.display import print_json, results, status, table
+from power_retention.cli.options import Json, quiet_libraries
+
+if TYPE_CHECKING:
+    from power_retention.evaluation.plan import Plan, Serving
+
+_CONTEXTS = (4096, 32768, 131072, 1048576)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command(no_args_is_help=True)(plan)
+
+
+def plan(
+    model: Annotated[str, typer.Argument(help="A preset (qwen3-14b), a folder, or a hub id whose config is cached.")],
+    context: Annotated[str, typer.Option(help="Tokens a user has read: 32768, 128k, 1M.")] = "1M",
+    gpus: Annotated[str, typer.Option(help="How many of which GPU.")] = "1xH200",
+    state_dtype: Annotated[str, typer.Option(help="Of the states: float32 or bfloat16.")] = "float32",
+    ring: Annotated[int, typer.Option(help="Tokens kept unfolded; 0 rewrites the state for each.")] = 0,
+    weight_bytes: Annotated[float, typer.Option(help="Bytes a weight: 2 for bfloat16, 1 for int8.")] = 2,
+    train_tokens: Annotated[str, typer.Option(help="Tokens to retrain on.")] = "1B",
+    utilisation: Annotated[float, typer.Option(help="Share of the GPU's operations that training reaches.")] = 0.4,
+    price: Annotated[float | None, typer.Option(help="Dollars an hour of one GPU.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Also draw users and speed against context, as a PNG.")] = None,
+    json: Json = False,
+) -> None:
+    """Say what serving and retraining a model takes, before renting anything: memory, users, speed, cost.
+
+    Speeds are bounds by memory bandwidth. Examples:
+
+        power-retention plan qwen3-14b --context 1M --gpus 4xH200
+
+        power-retention plan my-model --gpus 1xRTX4090 --state-dtype bfloat16 --ring 16 --plot plan.png
+    """
+    quiet_libraries()
+    from power_retention.evaluation.plan import Assumptions, make_plan, parse_count, parse_gpus
+
+    count, gpu = parse_gpus(gpus, price)
+    contexts = sorted({*_CONTEXTS, parse_count(context)})
+    assumptions = Assumptions(
+        weight_bytes=weight_bytes,
+        state_dtype=state_dtype,
+        ring=ring,
+        train_tokens=parse_count(train_tokens),
+        utilisation=utilisation,
+    )
+    with status.status(f"Reading the configuration of {escape(model)}"):
+        from power_retention.conversion.presets import resolve_config
+
+        made = make_plan(resolve_config(model), contexts, gpu, count, assumptions, name=model)
+    if plot is not None:
+        from power_retention.evaluation.figure import draw_plan_figure
+
+        with status.status(f"Drawing {escape(str(plot))}"):
+            draw_plan_figure(made, plot)
+    print_json(made.to_dict()) if json else _show(made, parse_count(context))
+
+
+def _show(plan: Plan, context: int) -> None:
+    gigabytes = plan.weights_bytes / 1e9
+    rows = [
+        ("parameters", f"{plan.parameters / 1e9:,.3f} B"),
+        ("read for a token", f"{plan.parameters_read / 1e9:,.3f} B"),
+        ("weights", f"{gigabytes:,.2f} GB"),
+        ("state of a sequence, at any length", f"{plan.state_bytes / 1e6:,.1f} MB"),
+        ("key/value cache of the parent, a token", f"{plan.kv_bytes_per_token / 1024:,.1f} KiB"),
+        ("less memory than the parent from", _tokens(plan.crossovers.memory)),
+        ("faster decoding from", _tokens(plan.crossovers.decoding)),
+        ("fewer operations for a prompt from", _tokens(plan.crossovers.reading)),
+        (f"retraining on {plan.retraining.tokens / 1e9:,.3g} B tokens", _cost(plan)),
+    ]
+    table(f"{plan.name} on {plan.gpus} × {plan.gpu.name}", ("what", "how much"), rows)
+    pairs = [
+        (_short(a.context) + (" ←" if a.context == context else ""), *_serving(a), *_serving(b))
+        for a, b in zip(plan.student, plan.parent, strict=True)
+    ]
+    columns = ("context", "users", "a GPU", "tokens/s", "one alone", "parent: users", "a GPU", "tokens/s", "one alone")
+    table("What fits, and how fast at most", columns, pairs)
+    assume = plan.assumptions
+    results.print(
+        f"[dim]Assumed: {plan.gpu.memory_gb:g} GB, {plan.gpu.bandwidth_tb_s:g} TB/s, {plan.gpu.tflops:g} TFLOP/s and "
+        f"${plan.gpu.dollars_per_hour:.2f} an hour for one {plan.gpu.name}; {assume.memory_share:.0%} of the memory and "
+        f"{assume.bandwidth_share:.0%} of the bandwidth used; {assume.weight_bytes:g} bytes a weight, states in "
+        f"{assume.state_dtype} with a ring of {assume.ring}; the parent's cache in 2 bytes; training by distillation on "
+        f"{assume.train_length:,}-token sequences at {assume.utilisation:.0%} of the operations. Communication between GPUs is "
+        "not counted.[/]",
+        highlight=False,
+    )
+
+
+def _serving(serving: Serving) -> tuple[str, str, str, str]:
+    if not serving.users:
+        return "0", "–", "–", "–"
+    return (
+        f"{serving.users:,}",
+        f"{serving.users_per_gpu:,.3g}",
+        f"{serving.tokens_per_second:,.0f}",
+        f"{serving.tokens_per_second_alone:,.0f}",
+    )
+
+
+def _cost(plan: Plan) -> str:
+    return f"{plan.retraining.gpu_hours:,.0f} GPU-hours, ${plan.retraining.dollars:,.0f}"
+
+
+def _tokens(count: float) -> str:
+    return f"{count:,.0f} tokens"
+
+
+def _short(count: int) -> str:
+    for size, unit in ((1024**2, "M"), (1024, "k")):
+        if count % size == 0:
+            return f"{count // size} {unit}"
+    return f"{count:,}"

@@ -1,0 +1,35 @@
+"""``power-retention plan``: a table for people, JSON for machines, one sentence where it cannot be done."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from test_cli import Here, here  # noqa: F401 (a fixture)
+
+from power_retention.models import BrumbyConfig
+
+
+def test_a_preset(here: Here) -> None:  # noqa: F811
+    out = here("plan", "qwen3-14b", "--context", "1M", "--gpus", "4xH200").out
+    assert "qwen3-14b on 4 × H200" in out
+    for line in ("1,363.2 MB", "160.0 KiB", "29.54 GB", "GPU-hours, $", "1 M ←", "Assumed: 141 GB"):
+        assert line in out, line
+
+
+def test_json_and_a_plot(tmp_path: Path, here: Here) -> None:  # noqa: F811
+    BrumbyConfig(num_hidden_layers=2).save_pretrained(tmp_path / "model")
+    options = ("--gpus", "2xH100", "--price", "3", "--ring", "16", "--state-dtype", "bfloat16")
+    result = here("plan", tmp_path / "model", "--context", "48k", *options, "--plot", tmp_path / "plan.png", "--json")
+    plan = json.loads(result.out)
+    assert (plan["gpu"]["dollars_per_hour"], plan["gpus"]) == (3, 2)
+    assert [serving["context"] for serving in plan["student"]] == [4096, 32768, 49152, 131072, 1048576]
+    assert (plan["assumptions"]["ring"], plan["assumptions"]["state_dtype"]) == (16, "bfloat16")
+    assert (tmp_path / "plan.png").stat().st_size > 10_000
+
+
+def test_refusals(tmp_path: Path, here: Here) -> None:  # noqa: F811
+    assert here.refusal("plan", "nobody/nothing").startswith("nobody/nothing is no preset (smollm2-135m, ")
+    assert here.refusal("plan", "qwen3-8b", "--gpus", "4 cards").startswith("GPUs are given as 4xH200, not '4 cards'")
+    assert here.refusal("plan", "qwen3-8b", "--context", "long").startswith("A number of tokens is written")
+    assert "plan with more or larger GPUs" in here.refusal("plan", "llama-3.3-70b", "--gpus", "1xH200")

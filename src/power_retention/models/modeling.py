@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -94,6 +95,14 @@ class PowerRetentionPreTrainedModel(PreTrainedModel):
         else:
             init_experts(module, self.config.initializer_range)
 
+    def _upload_modified_files(self, working_dir: str, *args: Any, **kwargs: Any) -> Any:
+        """The last step of ``push_to_hub``: our card takes the place of the library's template."""
+        from power_retention.models.card import write_card
+
+        origin = self.config.name_or_path
+        write_card(self.config, Path(working_dir), records=Path(origin) if origin else None)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
+
 
 class PowerRetentionModel(PowerRetentionPreTrainedModel):
     """Embedding, layers, final norm."""
@@ -118,6 +127,7 @@ class PowerRetentionModel(PowerRetentionPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         cu_seqlens: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Run the trunk.
@@ -129,10 +139,15 @@ class PowerRetentionModel(PowerRetentionPreTrainedModel):
             past_key_values: the cache of earlier calls.
             use_cache: make a cache if there is none.
             cu_seqlens: borders of sequences packed into one row (without a cache).
+            cu_seq_lens_q: the same, as the library's collators call it.  Without either, position ids that start again within
+                a row, without a mask, say where its sequences begin.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ArgumentError("Give exactly one of input_ids and inputs_embeds.")
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        cu_seqlens = cu_seq_lens_q if cu_seqlens is None else cu_seqlens
+        if cu_seqlens is None and position_ids is not None and past_key_values is None and attention_mask is None:
+            cu_seqlens = packed_borders(position_ids)
         if past_key_values is None and use_cache and cu_seqlens is None:
             past_key_values = PowerRetentionCache(self.config.num_hidden_layers)
         check_cache(past_key_values)
@@ -243,6 +258,25 @@ def padding_mask(attention_mask: Tensor | None, tokens: int) -> Tensor | None:
         )
     mask = attention_mask[:, -tokens:].bool()
     return None if not torch.compiler.is_compiling() and bool(mask.all()) else mask
+
+
+def packed_borders(position_ids: Tensor) -> Tensor | None:
+    """Borders of the sequences that position ids ``[B, T]`` start again for, ``[N + 1]``; None where each row is one sequence.
+
+    Collators that pack without padding tell it this way only, and a state that is not cut there would leak.
+    """
+    if torch.compiler.is_compiling():
+        return None  # a graph cannot depend on values: compiled training passes cu_seqlens
+    starts = position_ids[:, 1:] <= position_ids[:, :-1]
+    if not bool(starts.any()):
+        return None
+    if len(position_ids) > 1:
+        raise ArgumentError(
+            f"position_ids start again within rows of a batch of {len(position_ids)}; sequences can be packed into one row "
+            "([1, T]) only."
+        )
+    borders = (starts[0].nonzero().flatten() + 1).tolist()
+    return torch.tensor([0, *borders, position_ids.shape[1]], device=position_ids.device)
 
 
 def count_positions(positions: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:

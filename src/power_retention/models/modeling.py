@@ -222,8 +222,10 @@ class PowerRetentionForCausalLM(PowerRetentionPreTrainedModel, GenerationMixin):
         """Generation starts from our own cache; a kept one is continued."""
         if not self.config.keeps_state:
             generation_config.use_cache = False  # every token is read again: right, and as slow as that sounds
+        if generation_config.use_cache is False or model_kwargs.get("inputs_embeds") is not None:
+            # The library cannot cut these prompts, and Brumby's own field of that name would make it try.
+            generation_config.prefill_chunk_size = None
         if generation_config.use_cache is False:
-            generation_config.prefill_chunk_size = None  # Brumby's own field, which the library takes for its own, too
             return
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise ArgumentError(

@@ -131,4 +131,5 @@ def parent_config_to_ours(
         chunk_size=chunk_size,
         parent=parent,
         dtype=config.dtype,
+        experts_implementation=config._experts_implementation,
     )

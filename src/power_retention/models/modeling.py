@@ -95,6 +95,10 @@ class PowerRetentionPreTrainedModel(PreTrainedModel):
         else:
             init_experts(module, self.config.initializer_range)
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True  # the library looks for its own decorator in our source; the experts are its own, elsewhere
+
     def _upload_modified_files(self, working_dir: str, *args: Any, **kwargs: Any) -> Any:
         """The last step of ``push_to_hub``: our card takes the place of the library's template."""
         from power_retention.models.card import write_card

@@ -81,7 +81,8 @@ class PowerRetentionMixer(nn.Module):
         q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))
         k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            # Under autocast the projections are narrower than the norms' weights.
+            q, k = self.q_norm(q.to(self.q_norm.weight.dtype)), self.k_norm(k.to(self.k_norm.weight.dtype))
         return rotate(q, cos, sin), rotate(k, cos, sin)
 
     def log_gates(self, x: Tensor) -> Tensor:

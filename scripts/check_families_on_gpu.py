@@ -60,7 +60,7 @@ def random_model(config: PowerRetentionConfig) -> Any:
 
 
 def relative_error(got: Tensor, wanted: Tensor) -> float:
-    """Norm of the difference over norm of what was wanted, a token: the median, since rounding can send one to other experts."""
+    """Norm of the difference over norm of what was wanted, a token; the median, for rounding can send one to other experts."""
     got, wanted = got.cpu().double(), wanted.double()
     return float(((got - wanted).norm(dim=-1) / wanted.norm(dim=-1)).median())
 

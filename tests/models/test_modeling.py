@@ -84,6 +84,15 @@ class TestFile:
             tiny_config(**changes)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_rotary_frequencies_keep_their_digits(model: PowerRetentionForCausalLM, dtype: torch.dtype) -> None:
+    wanted = model.model.rotary_emb.inv_freq.clone()
+    model.to(dtype)
+    assert model.model.rotary_emb.inv_freq.equal(wanted)
+    assert model.lm_head.weight.dtype == dtype
+    assert model.to("meta").model.rotary_emb.inv_freq.is_meta
+
+
 class TestCuts:
     @staticmethod
     @torch.no_grad()

@@ -22,7 +22,9 @@ def test_both_stages_learn(kind: str, precision: str) -> None:
     ids = tokens(600).numpy().astype(np.int32)
     corpus = Tokens(ids, np.array([0, 300, 600]))
     recipe = Recipe(24, 0.5, 4, 32, align_lr=4e-3, mixer_lr=5e-4, other_lr=2e-4, precision=precision)  # type: ignore[arg-type]
+    buffers = {name: value.clone() for name, value in parent.named_buffers()}
     retraining = Retraining(student, parent, corpus, recipe)
+    assert all(value.equal(buffers[name]) for name, value in parent.named_buffers()), "rounded frequencies are others"
     for stage, error, steps in (("align", "alignment_error", range(12)), ("distil", "kl", range(12, 24))):
         before = retraining.gradients(0, stage)[error]
         retraining.optimizer.zero_grad()

@@ -5,6 +5,8 @@ They are the library's own where it has them, so that a parent's weights keep th
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
@@ -25,7 +27,20 @@ from power_retention.models.configuration import PowerRetentionConfig
 
 
 class PowerRetentionRotaryEmbedding(Glm4MoeRotaryEmbedding):  # type: ignore[misc]
-    """Angles of every rotary type that the library knows; the first part of a head only where the configuration says so."""
+    """Angles of every rotary type that the library knows; the first part of a head only where the configuration says so.
+
+    Its frequencies stay in float32 when the model is moved to another dtype: in bfloat16 they would be off by up to 0.2 %, a
+    whole turn over 4,000 tokens.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, value in before.items():
+            now = self._buffers[name]
+            if value is not None and now is not None and now.dtype != value.dtype and not value.is_meta:
+                self._buffers[name] = value.to(now.device)
+        return self
 
 
 class PlainMLP(nn.Module):

@@ -35,7 +35,7 @@ class Retraining:
     ) -> None:
         self.student, self.teacher, self.tokens, self.recipe = student, teacher, tokens, recipe
         self.dtype = torch.bfloat16 if recipe.precision == "bfloat16" else torch.float32
-        teacher.to(self.dtype).eval().requires_grad_(False)
+        _narrow(teacher.eval().requires_grad_(False), self.dtype)
         student.train()
         mixer, other = _split_parameters(student)
         groups = [{"params": mixer}, {"params": other}]
@@ -125,6 +125,12 @@ def steps_within(minutes: float, seconds_per_step: dict[str, float], align_share
 def fastest_precision() -> str:
     """``bfloat16`` where this processor multiplies it clearly faster than float32, else ``float32``."""
     return "bfloat16" if 0.6 * matmul_rate(torch.bfloat16) > matmul_rate(torch.float32) else "float32"
+
+
+def _narrow(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Move the weights to ``dtype``, and no buffer: rotary frequencies in bfloat16 are another model's."""
+    for value in model.parameters():
+        value.data = value.data.to(dtype)
 
 
 def _split_parameters(student: PowerRetentionForCausalLM) -> tuple[list[Tensor], list[Tensor]]:

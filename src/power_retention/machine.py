@@ -45,7 +45,8 @@ def time_call(
     while len(times) < least or (len(times) < repeats and sum(times) < 1000 * seconds):
         times.append(_once(call, device))
     spread = torch.tensor(times, dtype=torch.float64).quantile(torch.tensor([0.5, 0.1, 0.9], dtype=torch.float64))
-    return Timing(*spread.tolist(), repeats=len(times))
+    median, p10, p90 = spread.tolist()
+    return Timing(median, p10, p90, len(times))
 
 
 def _once(call: Callable[[], object], device: torch.device) -> float:

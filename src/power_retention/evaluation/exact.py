@@ -34,8 +34,8 @@ def exact_attention(
         p: power; None for softmax attention with scores over √d, which has no gates.
 
     Returns:
-        ``"y"`` ``[1, R, Hq, e]``, and with ``dy`` the gradients ``"dq"``, ``"dk"``, ``"dv"`` and ``"dlog_g"`` (with gates), shaped like
-        the inputs, all in float64.
+        ``"y"`` ``[1, R, Hq, e]``; with ``dy`` also ``"dq"``, ``"dk"``, ``"dv"`` and, with gates, ``"dlog_g"``, shaped like the
+        inputs.  All in float64.
     """
     groups = q.shape[2] // k.shape[2]
     y = q.new_empty(1, len(rows), q.shape[2], v.shape[-1], dtype=torch.float64)
@@ -47,7 +47,7 @@ def exact_attention(
         for block in _blocks(rows):
             last = int(rows[block][-1]) + 1
             leaves = [x[:last].double().requires_grad_(dy is not None) for x in sources]
-            out = _rows(*leaves[:3], leaves[3] if len(leaves) > 3 else None, rows[block], p)
+            out = _rows(leaves[0], leaves[1], leaves[2], leaves[3] if len(leaves) > 3 else None, rows[block], p)
             y[0, block, head] = out.detach()
             if dy is not None:
                 targets = (grads["dq"][0, :, head], *(g[0, :, shared] for name, g in grads.items() if name != "dq"))
@@ -62,7 +62,8 @@ def _rows(q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None, rows: Tensor, p
     later = torch.arange(k.shape[0], device=k.device) > rows[:, None]
     scores = q[rows] @ k.T
     if p is None:
-        return (scores / k.shape[-1] ** 0.5).masked_fill(later, -torch.inf).softmax(-1) @ v
+        shares: Tensor = (scores / float(k.shape[-1]) ** 0.5).masked_fill(later, -torch.inf).softmax(-1)
+        return shares @ v
     weights = scores**p
     if log_g is not None:
         gates = log_g.clamp(min=-1000).cumsum(0)

@@ -13,7 +13,7 @@ and waiting count as they do in use.  Only shapes are looked at: nothing waits f
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 
@@ -145,7 +145,7 @@ def regret(costs: Costs, measured: Iterable[Measured]) -> dict[int, float]:
     return worst
 
 
-def _fit(measured: Sequence[Measured], features) -> list[float]:  # type: ignore[no-untyped-def]
+def _fit(measured: Sequence[Measured], features: Callable[[Measured], tuple[float, ...]]) -> list[float]:
     """Non-negative least squares on relative errors, by trying every set of features that may be non-zero."""
     rows = torch.tensor([features(m) for m in measured], dtype=torch.float64)
     rows = rows / torch.tensor([m.milliseconds for m in measured], dtype=torch.float64)[:, None]
@@ -158,4 +158,4 @@ def _fit(measured: Sequence[Measured], features) -> list[float]:  # type: ignore
             error = float((rows[:, used] @ found - 1).norm())
             if bool((found >= 0).all()) and error < least - 1e-12:
                 best, least = torch.zeros_like(best).index_put((torch.tensor(used),), found), error
-    return (best / unit).tolist()
+    return [float(cost) for cost in best / unit]

@@ -239,14 +239,18 @@ def _sizes_named(backend: Backend, call: Call, *, backward: bool) -> Iterator[No
 def _explain_memory(call: Call, parts: dict[str, int], *, backward: bool) -> str:
     form = f"chunks of {call.chunk_size:,} tokens" if call.chunk_size else "the attention form"
     largest = sorted(((size, name) for name, size in parts.items() if size), reverse=True)
-    needs = f" The kernels ask for {', '.join(f'{name} {size / 1e9:.2f} GB' for size, name in largest)}." if largest else ""
+    needs = (
+        f" The kernels ask for {', '.join(f'{name} {size / 1e9:.2f} GB' for size, name in largest)}." if largest else ""
+    )
     free = ""
     if call.q.device.type == "cuda":
         left, total = torch.cuda.mem_get_info(call.q.device)
         free = f" {left / 1e9:.1f} of {total / 1e9:.1f} GB are free outside PyTorch's cache."
     remedy = "Use fewer tokens a call (carry the state with return_state and initial_state), or a smaller batch"
     if largest and largest[0][1].endswith(("chunk borders", "the states")):
-        remedy = f"Use a larger chunk_size than {call.chunk_size:,} (fewer states), fewer tokens a call, or a smaller batch"
+        remedy = (
+            f"Use a larger chunk_size than {call.chunk_size:,} (fewer states), fewer tokens a call, or a smaller batch"
+        )
     return (
         f"The {'backward' if backward else 'forward'} pass of power_retention ran out of memory in {form} with q "
         f"{list(call.q.shape)}, k {list(call.k.shape)} and v {list(call.v.shape)} in {call.q.dtype}.{needs}{free} {remedy}."

@@ -109,13 +109,20 @@ _generation = 0
 @contextmanager
 def on_trial(kernel: str, setting: Setting) -> Iterator[None]:
     """Run a kernel with this setting, whatever was measured; in the whole process, for backward runs in another thread."""
+    before = _trials.copy()
     _trials[kernel] = setting
     _change()
     try:
         yield
     finally:
-        del _trials[kernel]
+        _trials.clear()
+        _trials.update(before)
         _change()
+
+
+def now_on_trial() -> dict[str, Setting]:
+    """What is on trial now, by kernel; a process that is to run the same settings needs to know."""
+    return dict(_trials)
 
 
 def generation() -> int:

@@ -7,65 +7,41 @@ of the operator with the candidate in place (``tuned.setting_for``), so it needs
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import product
+from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from power_retention.errors import ArgumentError
 from power_retention.machine import launch_times, time_call
-from power_retention.ops.backends import Backend, Call, TorchBackend
-from power_retention.ops.cost import ATTENTION, Costs, Measured, Work, fit_costs, regret
+from power_retention.ops.backends import Call, TorchBackend
+from power_retention.ops.cost import ATTENTION, Costs, Measured, fit_costs, regret
 from power_retention.ops.triton.backend import TritonBackend
 from power_retention.ops.triton.plan import WIDTHS
+from power_retention.ops.triton.samples import (
+    HeadShape,
+    draw_call,
+    draw_gradients,
+    empty_output,
+    first_tokens,
+    in_float64,
+    poisoned_memory,
+    results,
+)
 from power_retention.ops.triton.sizes import work_of
-from power_retention.ops.triton.tuned import Setting, ShapeClass, on_trial, own_key, setting_for
+from power_retention.ops.triton.tuned import Setting, ShapeClass, now_on_trial, on_trial, own_key, setting_for
+from power_retention.workers import Failed, in_processes
 
 TOLERANCES = {torch.float32: 5e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 """Largest relative error of an output or gradient; a right candidate stays well below."""
 
 _SLACK = 1.25
-"""A candidate's errors may exceed those of the setting in use by this factor: right ones differ by a few per cent."""
-
-_OUTPUTS = ("y", "memory", "normalizer")
-_GRADIENTS = ("dq", "dk", "dv", "dlog_g", "d_memory", "d_normalizer")
-
-
-@dataclass(frozen=True)
-class HeadShape:
-    """Heads of a call, written ``40/8x128``: query heads, key/value heads, head width (and ``x`` value width if it differs)."""
-
-    query_heads: int
-    heads: int
-    width: int
-    value_width: int
-
-    @classmethod
-    def parse(cls, text: str) -> HeadShape:
-        """From ``40/8x128`` or ``40/8x128x64``.
-
-        Raises:
-            ArgumentError: it is not of that form.
-        """
-        try:
-            heads, *widths = text.lower().split("x")
-            query_heads, _, shared = heads.partition("/")
-            shape = cls(int(query_heads), int(shared or query_heads), int(widths[0]), int(widths[-1]))
-            fits = len(widths) < 3 and min(shape.heads, *map(int, widths)) > 0 and shape.query_heads % shape.heads == 0
-        except (ValueError, IndexError):
-            fits = False
-        if not fits:
-            raise ArgumentError(f"A shape is query heads/key heads x width, such as 40/8x128, not {text!r}.")
-        return shape
-
-    def __str__(self) -> str:
-        value = "" if self.value_width == self.width else f"x{self.value_width}"
-        return f"{self.query_heads}/{self.heads}x{self.width}{value}"
+"""An error may exceed the same error's median over the candidates by this factor: right ones differ by a few per cent."""
 
 
 @dataclass(frozen=True)
@@ -142,11 +118,11 @@ class Job:
     checked_chunk: int
 
     @classmethod
-    def usual(cls, shape: HeadShape, dtype: torch.dtype, device: torch.device) -> Job:
+    def usual(cls, shape: HeadShape, dtype: torch.dtype, device: torch.device, tokens: int | None = None) -> Job:
         """Sizes at which every kernel has work for the whole GPU; tiny ones where Triton is interpreted."""
         if device.type == "cpu":
-            return cls(shape, dtype, "cpu", 40, 16, 40, 16)
-        return cls(shape, dtype, str(device), 32768, 1024, 1500, 512)
+            return cls(shape, dtype, "cpu", tokens or 40, 16, 60, 32)
+        return cls(shape, dtype, str(device), tokens or 32768, 1024, 1500, 512)
 
     @property
     def shape_class(self) -> ShapeClass:
@@ -163,17 +139,22 @@ class Job:
 
     def calls(self) -> tuple[Call, Call]:
         """(the call that is timed, the one that is checked: ragged, from a state, with the final state wanted)."""
-        timed = _draw(self.shape, self.dtype, self.device, self.tokens, self.chunk)
+        timed = draw_call(self.shape, self.dtype, self.device, self.tokens, self.chunk)
         small = replace(self.shape, query_heads=2 * self.shape.query_heads // self.shape.heads, heads=2)
-        return timed, _draw(small, self.dtype, self.device, self.checked - 3, self.checked_chunk, states=True)
+        return timed, draw_call(small, self.dtype, self.device, self.checked - 3, self.checked_chunk, states=True)
 
 
 @dataclass(frozen=True)
 class Check:
-    """A candidate held against float64: its largest relative error over all results, and why it may not be used."""
+    """A candidate held against float64: its relative error in every result, and why it may not be used (None: it may)."""
 
-    error: float
+    errors: dict[str, float]
     wrong: str | None
+
+    @property
+    def error(self) -> float:
+        """The largest error; infinite where there was no result."""
+        return max(self.errors.values(), default=float("inf"))
 
 
 @dataclass(frozen=True)
@@ -249,21 +230,32 @@ def sweep(job: Job, name: str, check: Checker, progress: Callable[[str], None] |
     checks: dict[str, Check] = {}
     for setting, found in check(job, name, settings):
         checks[str(setting)] = found
-        _tell(progress, f"{name} {_brief(setting)}: {found.wrong or 'right'}")
-    limit = _SLACK * min((c.error for c in checks.values() if c.wrong is None), default=0.0)
+        _tell(progress, f"{name} {brief(setting)}: {found.wrong or 'right'}")
+    checks = _against_the_others(checks, job.dtype)
     with _timer(job, tunable) as timed:
         trials = []
         for setting in settings:
-            found = _against(checks[str(setting)], limit)
+            found = checks[str(setting)]
             trials.append(Trial(setting, found, timed(setting) if found.wrong is None else None))
-            _tell(progress, f"{name} {_brief(setting)}: {trials[-1].milliseconds or 'not timed'}")
+            _tell(progress, f"{name} {brief(setting)}: {_time(trials[-1])}")
     return Sweep(name, str(job.shape_class), tuple(trials))
 
 
-def _against(check: Check, limit: float) -> Check:
-    if check.wrong is None and check.error > limit:
-        return replace(check, wrong=f"error {check.error:.1e} where others reach {limit / _SLACK:.1e}")
-    return check
+def _against_the_others(checks: dict[str, Check], dtype: torch.dtype) -> dict[str, Check]:
+    """Also refuse what is within the tolerance and yet clearly worse than most: a wrong result may be a small one."""
+    right = [check for check in checks.values() if check.wrong is None]
+    if not right:
+        return checks
+    usual = {name: median(check.errors[name] for check in right) for name in right[0].errors}
+    floor = TOLERANCES[dtype] / 10  # below it errors are a matter of the order of summation
+
+    def judged(check: Check) -> Check:
+        for name, error in check.errors.items() if check.wrong is None else ():
+            if error > max(floor, _SLACK * usual[name]):
+                return replace(check, wrong=f"relative error of {name} {error:.1e}, {usual[name]:.1e} with most others")
+        return check
+
+    return {setting: judged(check) for setting, check in checks.items()}
 
 
 def check_here(job: Job, name: str, settings: Sequence[Setting]) -> Iterator[tuple[Setting, Check]]:
@@ -273,12 +265,30 @@ def check_here(job: Job, name: str, settings: Sequence[Setting]) -> Iterator[tup
         yield setting, checker.check(name, setting)
 
 
-def check_one(job: Job, name: str, setting: Setting) -> Check:
-    """Check one candidate; the call and its expected results are kept for the next one of the same job."""
+def check_in_processes(workers: int) -> Checker:
+    """Checks many candidates at a time; that compiles them too, and one that kills its process is only wrong."""
+
+    def check(job: Job, name: str, settings: Sequence[Setting]) -> Iterator[tuple[Setting, Check]]:
+        tasks = [(job, {**now_on_trial(), name: setting}, name) for setting in settings]
+        for (_, used, _), found in in_processes(check_one, tasks, workers=workers):
+            yield used[name], Check({}, str(found)[:160]) if isinstance(found, Failed) else found
+
+    return check
+
+
+def check_one(task: tuple[Job, dict[str, Setting], str]) -> Check:
+    """Check one candidate, named last, among others that are on trial.
+
+    The call and its expected results are kept for the next candidate of the same job.
+    """
     global _checked
+    job, used, name = task
     if _checked is None or _checked.job != job:
         _checked = _CheckedCall(job)
-    return _checked.check(name, setting)
+    with ExitStack() as others:
+        for other, setting in used.items():
+            others.enter_context(on_trial(other, setting))
+        return _checked.check(name, used[name])
 
 
 class _CheckedCall:
@@ -288,25 +298,31 @@ class _CheckedCall:
         self.job = job
         timed, self.call = job.calls()
         # Compiles what the timed call needs: it has no states of its own, which is another specialisation.
-        self.timed = replace(_narrow(timed, 2 * job.checked_chunk), chunk_size=job.checked_chunk)
-        self.dy, self.d_states = _gradients(self.call)
-        self.expected = _results(TorchBackend(), _double(self.call), self.dy.double(), *(x.double() for x in self.d_states))
+        self.timed = replace(first_tokens(timed, 2 * job.checked_chunk), chunk_size=job.checked_chunk)
+        self.dy, self.d_states = draw_gradients(self.call)
+        self.expected = results(
+            TorchBackend(), in_float64(self.call), self.dy.double(), *(x.double() for x in self.d_states)
+        )
         self.size = {name: x.norm() for name, x in self.expected.items()}
 
     def check(self, name: str, setting: Setting) -> Check:
         try:
-            with on_trial(name, setting), _poisoned_memory():
-                _results(TritonBackend(), self.timed, torch.zeros_like(_y_like(self.timed)), None, None)
-                got = _results(TritonBackend(), self.call, self.dy, *self.d_states)
-        except Exception as error:  # whatever a compiler or a GPU may say about a candidate, the sweep goes on
-            return Check(float("inf"), f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}")
-        worst, where = 0.0, ""
-        for key, want in self.expected.items():
-            error = float((got[key].double() - want).norm() / self.size[key])
-            if not error <= worst:
-                worst, where = (error if error == error else float("inf")), key
-        wrong = None if worst <= TOLERANCES[self.call.q.dtype] else f"relative error of {where} {worst:.1e}"
-        return Check(worst, wrong)
+            with on_trial(name, setting), poisoned_memory():
+                results(TritonBackend(), self.timed, torch.zeros_like(empty_output(self.timed)), None, None)
+                got = results(TritonBackend(), self.call, self.dy, *self.d_states)
+            errors = {key: float((got[key].double() - x).norm() / self.size[key]) for key, x in self.expected.items()}
+        except Exception as error:  # whatever a compiler says about a candidate, the sweep goes on
+            if "CUDA error" in str(error):
+                raise  # nothing more can be run in this process
+            return Check({}, _one_line(error))
+        allowed = TOLERANCES[self.call.q.dtype]
+        wrong = [f"relative error of {key} {error:.1e}" for key, error in errors.items() if not error <= allowed]
+        return Check(errors, wrong[0] if wrong else None)
+
+
+def _one_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:120]}"
 
 
 _checked: _CheckedCall | None = None
@@ -316,7 +332,7 @@ _checked: _CheckedCall | None = None
 def _timer(job: Job, tunable: Tunable) -> Iterator[Callable[[Setting], float]]:
     """Yields what times a candidate: the kernel alone on a GPU, the whole pass where Triton is interpreted."""
     call, device, backend = job.calls()[0], torch.device(job.device), TritonBackend()
-    dy = torch.randn_like(_y_like(call))
+    dy = torch.randn_like(empty_output(call))
 
     def one_pass() -> None:
         backend.backward(call, dy, None, None) if tunable.backward else backend.forward(call)
@@ -368,11 +384,19 @@ class CostFit:
 
     def entry(self) -> dict[str, Any]:
         """What is kept of it."""
-        return {"setting": self.costs.to_dict(), "regret": max(self.regret.values()), "found": time.strftime("%Y-%m-%d")}
+        return {
+            "setting": self.costs.to_dict(),
+            "regret": max(self.regret.values()),
+            "found": time.strftime("%Y-%m-%d"),
+        }
 
 
 def measure_costs(
-    job: Job, backward: bool, lengths: Sequence[int], chunks: Sequence[int], progress: Callable[[str], None] | None = None
+    job: Job,
+    backward: bool,
+    lengths: Sequence[int],
+    chunks: Sequence[int],
+    progress: Callable[[str], None] | None = None,
 ) -> CostFit:
     """Time whole passes in both forms over lengths and chunk sizes, and fit the cost model to them.
 
@@ -381,8 +405,8 @@ def measure_costs(
     backend, device = TritonBackend(), torch.device(job.device)
     measured: list[Measured] = []
     for tokens in lengths:
-        call = _draw(job.shape, job.dtype, job.device, tokens, ATTENTION)
-        dy = torch.randn_like(_y_like(call))
+        call = draw_call(job.shape, job.dtype, job.device, tokens, ATTENTION)
+        dy = torch.randn_like(empty_output(call))
         for chunk in [ATTENTION, *(c for c in chunks if c < tokens)]:
             if chunk == ATTENTION and _hopeless(measured, tokens):
                 continue
@@ -412,79 +436,25 @@ def own_entries(sweeps: Sequence[Sweep], fits: Sequence[CostFit]) -> dict[str, d
     return kept | {own_key("costs", f"{fit.width}/{fit.kind}"): fit.entry() for fit in fits}
 
 
-# ── sample calls ─────────────────────────────────────────────────────────────────────────────────────────────────────
+def family_file(base: Mapping[str, Any], gpu: str, sweeps: Sequence[Sweep], fits: Sequence[CostFit]) -> dict[str, Any]:
+    """The file shipped for a GPU family with these winners and costs put in; ``base`` is the one shipped now.
 
-
-def _draw(
-    shape: HeadShape, dtype: torch.dtype, device: str, tokens: int, chunk: int, *, states: bool = False
-) -> Call:
-    """A random call with gates that matter over a chunk; queries lean on keys, so that no row's weights cancel."""
-    generator = torch.Generator(device).manual_seed(0)
-
-    def normal(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator, device=device)
-
-    k, v = normal(1, tokens, shape.heads, shape.width), normal(1, tokens, shape.heads, shape.value_width)
-    q = normal(1, tokens, shape.query_heads, shape.width) + k.repeat_interleave(shape.query_heads // shape.heads, 2)
-    log_g = logsigmoid(normal(1, tokens, shape.heads) + 4)
-    memory = normalizer = None
-    if states:
-        entering = _draw(shape, torch.float32, device, 64, 64)
-        entering = replace(entering, return_state=True)
-        _, memory, normalizer = TorchBackend().forward(entering)
-    return Call(q.to(dtype), k.to(dtype), v.to(dtype), log_g, memory, normalizer, None, 2, chunk, states)
-
-
-def _narrow(call: Call, tokens: int) -> Call:
-    log_g = None if call.log_g is None else call.log_g[:, :tokens].contiguous()
-    return replace(call, **{x: getattr(call, x)[:, :tokens].contiguous() for x in "qkv"}, log_g=log_g)
-
-
-def _double(call: Call) -> Call:
-    tensors = {x: getattr(call, x) for x in ("q", "k", "v", "log_g", "memory", "normalizer")}
-    return replace(call, **{name: None if x is None else x.double() for name, x in tensors.items()})
-
-
-def _y_like(call: Call) -> Tensor:
-    return call.q.new_empty(*call.q.shape[:-1], call.v.shape[-1])
-
-
-def _gradients(call: Call) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Random gradients of y and of the final state, the latter no larger than what y adds to them."""
-    assert call.memory is not None
-    assert call.normalizer is not None
-    dy = torch.randn_like(_y_like(call))
-    scale = 1 / call.q[0, 0, 0].float().norm() ** 2
-    return dy, (torch.randn_like(call.memory) * scale, torch.randn_like(call.normalizer) * scale)
-
-
-def _results(
-    backend: Backend, call: Call, dy: Tensor, d_memory: Tensor | None, d_normalizer: Tensor | None
-) -> dict[str, Tensor]:
-    """Every output and gradient of a call, by name; those that were not asked for are left out."""
-    outputs = backend.forward(call)
-    grads = backend.backward(call, dy, d_memory, d_normalizer)
-    named = [*zip(_OUTPUTS, outputs, strict=True), *zip(_GRADIENTS, grads, strict=True)]
-    return {name: x for name, x in named if x is not None and x.numel()}
-
-
-@contextmanager
-def _poisoned_memory() -> Iterator[None]:
-    """``torch.empty`` gives NaN, so that what a candidate leaves unwritten is found out."""
-    was = torch.empty, torch.empty_like
-
-    def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def filled(*args: Any, **kwargs: Any) -> Tensor:
-            x = make(*args, **kwargs)
-            return x.fill_(torch.nan) if x.is_floating_point() else x
-
-        return filled
-
-    torch.empty, torch.empty_like = map(poisoned, was)  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        torch.empty, torch.empty_like = was
+    Winners of grouped heads stand beside those of single ones only where they differ.
+    """
+    winners: dict[str, dict[str, Any]] = {group: dict(table) for group, table in base.get("winners", {}).items()}
+    for found in sweeps:
+        general, grouped = found.shape.rsplit("/", 1)
+        if found.best is None:
+            continue
+        if grouped == "single" or found.kernel not in winners.get(general, {}):
+            winners.setdefault(general, {})[found.kernel] = dict(found.best.setting)
+        elif winners[general][found.kernel] != dict(found.best.setting):
+            winners.setdefault(found.shape, {})[found.kernel] = dict(found.best.setting)
+    costs: dict[str, dict[str, Any]] = {width: dict(table) for width, table in base.get("costs", {}).items()}
+    for fit in fits:
+        costs.setdefault(str(fit.width), {})[fit.kind] = fit.costs.to_dict()
+    source = f"power-retention tune, {time.strftime('%Y-%m-%d')}"
+    return {**base, "gpu": gpu, "source": source, "winners": winners, "costs": costs}
 
 
 def _tell(progress: Callable[[str], None] | None, note: str) -> None:
@@ -492,5 +462,10 @@ def _tell(progress: Callable[[str], None] | None, note: str) -> None:
         progress(note)
 
 
-def _brief(setting: Setting) -> str:
+def _time(trial: Trial) -> str:
+    return "not timed" if trial.milliseconds is None else f"{trial.milliseconds:.3f} ms"
+
+
+def brief(setting: Setting) -> str:
+    """A setting in a few words."""
     return " ".join(f"{name} {value}" for name, value in setting.items())

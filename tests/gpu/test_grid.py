@@ -9,7 +9,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-
 from grid import WIDTHS, grid
 
 HERE = Path(__file__).parent

@@ -17,43 +17,60 @@ class Failed(str):
 def in_processes(
     function: Callable[[Any], Any], tasks: Sequence[Any], *, workers: int, timeout: float = 300.0
 ) -> Iterator[tuple[Any, Any]]:
-    """Apply a function to every task in fresh processes, a few at a time, in the order they finish.
+    """Apply a function to every task in fresh processes, as :meth:`Workers.run` does."""
+    with Workers(function, min(workers, len(tasks)), timeout) as pool:
+        yield from pool.run(tasks)
+
+
+class Workers:
+    """Processes that apply one function, kept from one list of tasks to the next.
 
     Args:
         function: importable by name, as is everything in its tasks and results.
-        tasks: what it is applied to.
-        workers: processes at a time.
+        count: processes at a time; each is started when there is something for it to do.
         timeout: seconds after which a task counts as failed.
-
-    Yields:
-        (task, result); the result is a :class:`Failed` where the function raised, the process died or time ran out.
     """
-    waiting: SimpleQueue[Any] = SimpleQueue()
-    done: SimpleQueue[tuple[Any, Any]] = SimpleQueue()
-    for task in tasks:
-        waiting.put(task)
-    count = min(workers, len(tasks))
-    for _ in range(count):
-        waiting.put(_STOP)
-        Thread(target=_feed, args=(function, waiting, done, timeout), daemon=True).start()
-    for _ in tasks:
-        yield done.get()
+
+    def __init__(self, function: Callable[[Any], Any], count: int, timeout: float = 300.0) -> None:
+        self.function, self.count, self.timeout = function, count, timeout
+        self._waiting: SimpleQueue[Any] = SimpleQueue()
+        self._done: SimpleQueue[tuple[Any, Any]] = SimpleQueue()
+        self._threads: list[Thread] = []
+
+    def __enter__(self) -> Workers:
+        for _ in range(self.count):
+            self._threads.append(Thread(target=self._serve, daemon=True))
+            self._threads[-1].start()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        for _ in self._threads:
+            self._waiting.put(_STOP)
+
+    def run(self, tasks: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
+        """(task, result) in the order they finish.
+
+        The result is a :class:`Failed` where the function raised, the process died or time ran out.
+        """
+        for task in tasks:
+            self._waiting.put(task)
+        for _ in tasks:
+            yield self._done.get()
+
+    def _serve(self) -> None:
+        worker: _Worker | None = None
+        while (task := self._waiting.get()) is not _STOP:
+            worker = worker or _Worker(self.function)
+            result = worker.ask(task, self.timeout)
+            if isinstance(result, Failed):
+                worker.end()
+                worker = None
+            self._done.put((task, result))
+        if worker is not None:
+            worker.end()
 
 
 _STOP = object()
-
-
-def _feed(function: Callable[[Any], Any], waiting: SimpleQueue[Any], done: SimpleQueue[Any], timeout: float) -> None:
-    worker: _Worker | None = None
-    while (task := waiting.get()) is not _STOP:
-        worker = worker or _Worker(function)
-        result = worker.ask(task, timeout)
-        if isinstance(result, Failed):
-            worker.end()
-            worker = None
-        done.put((task, result))
-    if worker is not None:
-        worker.end()
 
 
 class _Worker:

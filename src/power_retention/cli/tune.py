@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -70,10 +71,9 @@ def tune(
 
     device, names = _device(), _names(only, kernel)
     jobs = [Job.usual(HeadShape.parse(text), _dtype(dtype), device, tokens) for text in shape or _SHAPES]
-    check = _checker(device, workers)
     sweeps: list[Sweep] = []
     fits: list[CostFit] = []
-    with progress_bar("Tuning") as update:
+    with progress_bar("Tuning") as update, _checker(device, workers) as check:
         steps = _Steps(update, jobs, names)
         for job in jobs:
             with ExitStack() as winners:  # they stay on trial, so that what is measured next is measured with them
@@ -173,10 +173,16 @@ def _names(only: str, kernels: list[str] | None) -> list[str]:
     return [*names, _COSTS]
 
 
-def _checker(device: torch.device, workers: int | None) -> Checker:
-    from power_retention.ops.triton.tuning import check_here, check_in_processes
+@contextmanager
+def _checker(device: torch.device, workers: int | None) -> Iterator[Checker]:
+    from power_retention.ops.triton.tuning import check_by, check_here, check_one
+    from power_retention.workers import Workers
 
-    return check_here if device.type == "cpu" else check_in_processes(workers or min(12, os.cpu_count() or 1))
+    if device.type == "cpu":
+        yield check_here
+        return
+    with Workers(check_one, workers or min(12, os.cpu_count() or 1)) as pool:
+        yield check_by(pool)
 
 
 def _report(gpu: str, sweeps: list[Sweep], fits: list[CostFit]) -> dict[str, Any]:

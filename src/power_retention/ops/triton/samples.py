@@ -70,12 +70,6 @@ def draw_call(
     return Call(q.to(dtype), k.to(dtype), v.to(dtype), log_g, memory, normalizer, None, 2, chunk, states)
 
 
-def first_tokens(call: Call, tokens: int) -> Call:
-    """The call cut short."""
-    q, k, v = (x[:, :tokens].contiguous() for x in (call.q, call.k, call.v))
-    return replace(call, q=q, k=k, v=v, log_g=None if call.log_g is None else call.log_g[:, :tokens].contiguous())
-
-
 def in_float64(call: Call) -> Call:
     """The call with every tensor in float64."""
 
@@ -98,11 +92,11 @@ def empty_output(call: Call) -> Tensor:
     return call.q.new_empty(*call.q.shape[:-1], call.v.shape[-1])
 
 
-def draw_gradients(call: Call) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Random gradients of y and of the final state, the latter no larger than what y adds to them."""
-    assert call.memory is not None
-    assert call.normalizer is not None
+def draw_gradients(call: Call) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
+    """Random gradients of y and, where it is wanted, of the final state, the latter no larger than what y adds to them."""
     dy = torch.randn_like(empty_output(call))
+    if call.memory is None or call.normalizer is None or not call.return_state:
+        return dy, (None, None)
     scale = 1 / call.q[0, 0, 0].float().norm() ** 2
     return dy, (torch.randn_like(call.memory) * scale, torch.randn_like(call.normalizer) * scale)
 

@@ -28,14 +28,13 @@ from power_retention.ops.triton.samples import (
     draw_call,
     draw_gradients,
     empty_output,
-    first_tokens,
     in_float64,
     poisoned_memory,
     results,
 )
 from power_retention.ops.triton.sizes import work_of
 from power_retention.ops.triton.tuned import Setting, ShapeClass, now_on_trial, on_trial, own_key, setting_for
-from power_retention.workers import Failed, in_processes
+from power_retention.workers import Failed, Workers
 
 TOLERANCES = {torch.float32: 5e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 """Largest relative error of an output or gradient; a right candidate stays well below."""
@@ -106,7 +105,8 @@ TUNABLES: dict[str, Tunable] = {
 class Job:
     """What is tuned: heads of which shape, in which dtype, where, on how many tokens in how large chunks.
 
-    ``checked`` tokens, fewer than ``tokens`` on a GPU, are what a candidate is held against float64 on.
+    ``checked`` tokens, fewer than ``tokens`` on a GPU, are what a candidate is held against float64 on; with ``states``, from a
+    state and with the final one wanted, which are other specialisations of the kernels.
     """
 
     shape: HeadShape
@@ -116,6 +116,7 @@ class Job:
     chunk: int
     checked: int
     checked_chunk: int
+    states: bool = False
 
     @classmethod
     def usual(cls, shape: HeadShape, dtype: torch.dtype, device: torch.device, tokens: int | None = None) -> Job:
@@ -137,11 +138,14 @@ class Job:
         fit = next(w for w in WIDTHS if w >= width)
         return ShapeClass.of(fit, self.dtype, self.shape.query_heads // self.shape.heads)
 
-    def calls(self) -> tuple[Call, Call]:
-        """(the call that is timed, the one that is checked: ragged, from a state, with the final state wanted)."""
-        timed = draw_call(self.shape, self.dtype, self.device, self.tokens, self.chunk)
+    def timed_call(self) -> Call:
+        """The call that is timed."""
+        return draw_call(self.shape, self.dtype, self.device, self.tokens, self.chunk)
+
+    def checked_call(self) -> Call:
+        """The call that is checked: ragged, of two key/value heads."""
         small = replace(self.shape, query_heads=2 * self.shape.query_heads // self.shape.heads, heads=2)
-        return timed, draw_call(small, self.dtype, self.device, self.checked - 3, self.checked_chunk, states=True)
+        return draw_call(small, self.dtype, self.device, self.checked - 3, self.checked_chunk, states=self.states)
 
 
 @dataclass(frozen=True)
@@ -233,12 +237,23 @@ def sweep(job: Job, name: str, check: Checker, progress: Callable[[str], None] |
         _tell(progress, f"{name} {brief(setting)}: {found.wrong or 'right'}")
     checks = _against_the_others(checks, job.dtype)
     with _timer(job, tunable) as timed:
-        trials = []
+        tried = []
         for setting in settings:
             found = checks[str(setting)]
-            trials.append(Trial(setting, found, timed(setting) if found.wrong is None else None))
-            _tell(progress, f"{name} {brief(setting)}: {_time(trials[-1])}")
-    return Sweep(name, str(job.shape_class), tuple(trials))
+            tried.append(Trial(setting, found, timed(setting) if found.wrong is None else None))
+            _tell(progress, f"{name} {brief(setting)}: {_time(tried[-1])}")
+    return _confirmed(Sweep(name, str(job.shape_class), tuple(tried)), replace(job, states=True), check)
+
+
+def _confirmed(found: Sweep, job: Job, check: Checker) -> Sweep:
+    """The sweep whose best is right with states too; those that were not count as wrong."""
+    while (best := found.best) is not None:
+        ((_, again),) = check(job, found.kernel, [best.setting])
+        if again.wrong is None:
+            break
+        refused = Trial(best.setting, replace(again, wrong=f"with states: {again.wrong}"), None)
+        found = replace(found, trials=tuple(refused if trial is best else trial for trial in found.trials))
+    return found
 
 
 def _against_the_others(checks: dict[str, Check], dtype: torch.dtype) -> dict[str, Check]:
@@ -265,12 +280,12 @@ def check_here(job: Job, name: str, settings: Sequence[Setting]) -> Iterator[tup
         yield setting, checker.check(name, setting)
 
 
-def check_in_processes(workers: int) -> Checker:
+def check_by(pool: Workers) -> Checker:
     """Checks many candidates at a time; that compiles them too, and one that kills its process is only wrong."""
 
     def check(job: Job, name: str, settings: Sequence[Setting]) -> Iterator[tuple[Setting, Check]]:
         tasks = [(job, {**now_on_trial(), name: setting}, name) for setting in settings]
-        for (_, used, _), found in in_processes(check_one, tasks, workers=workers):
+        for (_, used, _), found in pool.run(tasks):
             yield used[name], Check({}, str(found)[:160]) if isinstance(found, Failed) else found
 
     return check
@@ -295,20 +310,15 @@ class _CheckedCall:
     """A call, its gradients to come, and everything expected of it in float64."""
 
     def __init__(self, job: Job) -> None:
-        self.job = job
-        timed, self.call = job.calls()
-        # Compiles what the timed call needs: it has no states of its own, which is another specialisation.
-        self.timed = replace(first_tokens(timed, 2 * job.checked_chunk), chunk_size=job.checked_chunk)
+        self.job, self.call = job, job.checked_call()
         self.dy, self.d_states = draw_gradients(self.call)
-        self.expected = results(
-            TorchBackend(), in_float64(self.call), self.dy.double(), *(x.double() for x in self.d_states)
-        )
+        d_memory, d_normalizer = (None if x is None else x.double() for x in self.d_states)
+        self.expected = results(TorchBackend(), in_float64(self.call), self.dy.double(), d_memory, d_normalizer)
         self.size = {name: x.norm() for name, x in self.expected.items()}
 
     def check(self, name: str, setting: Setting) -> Check:
         try:
             with on_trial(name, setting), poisoned_memory():
-                results(TritonBackend(), self.timed, torch.zeros_like(empty_output(self.timed)), None, None)
                 got = results(TritonBackend(), self.call, self.dy, *self.d_states)
             errors = {key: float((got[key].double() - x).norm() / self.size[key]) for key, x in self.expected.items()}
         except Exception as error:  # whatever a compiler says about a candidate, the sweep goes on
@@ -331,7 +341,7 @@ _checked: _CheckedCall | None = None
 @contextmanager
 def _timer(job: Job, tunable: Tunable) -> Iterator[Callable[[Setting], float]]:
     """Yields what times a candidate: the kernel alone on a GPU, the whole pass where Triton is interpreted."""
-    call, device, backend = job.calls()[0], torch.device(job.device), TritonBackend()
+    call, device, backend = job.timed_call(), torch.device(job.device), TritonBackend()
     dy = torch.randn_like(empty_output(call))
 
     def one_pass() -> None:

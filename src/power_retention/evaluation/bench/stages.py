@@ -62,16 +62,17 @@ def useful_operations(kernel: str, shape: HeadShape, tokens: int, backward: bool
     None for a kernel that only prepares, or that this table does not know.
     """
     queries = Work(1, tokens, shape.query_heads, 0, shape.width, shape.value_width)
-    keys = Work(1, tokens, shape.heads, 0, shape.width, shape.value_width)
+    keys = Work(1, tokens, 0, shape.heads, shape.width, shape.value_width)
     by_query, by_key, within = (
         queries.state_operations(_CHUNK),
         keys.state_operations(_CHUNK),
         queries.attention_operations(_CHUNK),
     )
     forward = {"accumulate_kernel": by_key, "read_state_kernel": by_query, "read_kernel": within}
-    # Gradients: of the states from queries and keys; scores, their gradients and three products of them.
+    # Gradients: of states by queries, of values by states, of queries and keys by states; within chunks five products.  The
+    # states and scores that are computed again are not useful work.
     gradient = {
-        "accumulate_kernel": by_key + by_query,
+        "accumulate_kernel": by_query,
         "read_state_kernel": by_key,
         "contract_state_kernel": by_query + by_key,
         "query_grad_kernel": 1.5 * within,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from power_retention.cli.display import print_json, progress_bar, results, table
+from power_retention.cli.display import print_json, progress_bar, results, status, table
 from power_retention.cli.options import Json
 
 if TYPE_CHECKING:
@@ -64,20 +64,26 @@ def tune(
     """
     import torch
 
+    from power_retention.errors import ArgumentError
     from power_retention.files import write_json
     from power_retention.ops.triton.samples import HeadShape
     from power_retention.ops.triton.tuned import family, keep_own, own_file, shipped
     from power_retention.ops.triton.tuning import Job, family_file, own_entries
 
     device, names = _device(), _names(only, kernel)
+    if tokens is not None and (tokens < 1 or (device.type == "cuda" and tokens < 2 * _LENGTHS[0])):
+        raise ArgumentError(
+            f"--tokens must be at least {2 * _LENGTHS[0]:,}, not {tokens:,}: shorter calls show nothing."
+        )
     jobs = [Job.usual(HeadShape.parse(text), _dtype(dtype), device, tokens) for text in shape or _SHAPES]
     sweeps: list[Sweep] = []
     fits: list[CostFit] = []
     with progress_bar("Tuning") as update, _checker(device, workers) as check:
         steps = _Steps(update, jobs, names)
         for job in jobs:
+            used = _used(job, names)
             with ExitStack() as winners:  # they stay on trial, so that what is measured next is measured with them
-                for name in names:
+                for name in used:
                     found, costs = _measure(job, name, check, steps, winners)
                     sweeps, fits = sweeps + found, fits + costs
                     if keep:
@@ -109,6 +115,20 @@ class _Steps:
     def __call__(self, note: str) -> None:
         self.done += 1
         self.update(self.done, max(self.total, self.done), note)
+
+
+def _used(job: Job, names: list[str]) -> list[str]:
+    """Those whose kernels this GPU runs; says which it does not."""
+    from power_retention.ops.triton.tuning import TUNABLES, kernels_launched
+
+    if job.device == "cpu":
+        return names
+    launched = kernels_launched(job)
+    used = [name for name in names if name == _COSTS or TUNABLES[name].kernel in (None, *launched)]
+    if len(used) < len(names):
+        idle = ", ".join(name for name in names if name not in used)
+        status.print(f"{job.shape} runs other kernels in the place of: {idle}.", highlight=False)
+    return used
 
 
 def _measure(

@@ -68,7 +68,12 @@ def useful_operations(kernel: str, shape: HeadShape, tokens: int, backward: bool
         keys.state_operations(_CHUNK),
         queries.attention_operations(_CHUNK),
     )
-    forward = {"accumulate_kernel": by_key, "read_state_kernel": by_query, "read_kernel": within}
+    forward = {
+        "accumulate_kernel": by_key,
+        "read_state_kernel": by_query,
+        "read_kernel": within,
+        "attend_kernel": within,  # a family's own
+    }
     # Gradients: of states by queries, of values by states, of queries and keys by states; within chunks five products.  The
     # states and scores that are computed again are not useful work.
     gradient = {

@@ -215,6 +215,15 @@ Checker = Callable[[Job, str, Sequence[Setting]], Iterator[tuple[Setting, Check]
 """Checks candidates in any order; :func:`check_here` does it in this process."""
 
 
+def kernels_launched(job: Job) -> set[str]:
+    """Names of the kernels that a call's two passes launch on this GPU; a family may have others for the same work."""
+    call, backend = job.timed_call(), TritonBackend()
+    with launch_times() as totals:
+        backend.forward(call)
+        backend.backward(call, torch.randn_like(empty_output(call)), None, None)
+        return set(totals())
+
+
 def sweep(job: Job, name: str, check: Checker, progress: Callable[[str], None] | None = None) -> Sweep:
     """Check every candidate of one kernel, then time the right ones.
 

@@ -160,7 +160,7 @@ main()
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 def test_a_wrong_candidate_is_reported_and_not_chosen(tmp_path: Path) -> None:
     out = tmp_path / "family.json"
-    options = ["--shape", "2/1x16", "--dtype", "float32", "--kernel", "attend", "--out", str(out), "--json"]
+    options = ["--shape", "2/2x16", "--dtype", "float32", "--kernel", "attend", "--out", str(out), "--json"]
     environment = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "POWER_RETENTION_CACHE": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", PLANTED, *options],

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from itertools import combinations
 
 import torch
@@ -96,12 +97,17 @@ class Costs:
 
     def best_chunk(self, work: Work) -> int:
         """The cheapest chunk size, 0 for the attention form."""
-        candidates = [c for c in CHUNKS if c < work.tokens] + [work.tokens if work.needs_state else ATTENTION]
-        return min(candidates, key=lambda chunk: self.milliseconds(work, chunk))
+        return _cheapest(self, work)
 
     def to_dict(self) -> dict[str, float]:
         """Plain values, for JSON."""
         return asdict(self)
+
+
+@lru_cache(maxsize=1024)  # a training loop asks the same before every launch
+def _cheapest(costs: Costs, work: Work) -> int:
+    candidates = [c for c in CHUNKS if c < work.tokens] + [work.tokens if work.needs_state else ATTENTION]
+    return min(candidates, key=lambda chunk: costs.milliseconds(work, chunk))
 
 
 @dataclass(frozen=True)

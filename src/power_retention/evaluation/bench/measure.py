@@ -62,14 +62,14 @@ def measure(
                 report["times"].append(row)
                 tell(f"{shape}, {row['tokens']:,} tokens, {contender.name}, {row['pass']}: {_brief(row)}")
                 yield report
-        if any(c.name == OURS for c in here):
+        if is_right(report, OURS, str(shape)):
             report["stages"] += stages(shape, settings, device)
             tell(f"{shape}: stages")
-            yield report
     for row in decode(settings, device):
         report["decode"].append(row)
         tell(f"decoding, {row['contender']}, batch {row['batch']}: {_brief(row)}")
         yield report
+    yield report
 
 
 def count(settings: Settings, device: torch.device, only: Sequence[str] = ()) -> int:
@@ -159,16 +159,18 @@ def _times(
             backward = what != PASSES[0]
             if backward and tokens > settings.longest_backward:
                 return
-            if (
-                before is not None
-                and before["ms"]["median"] * (tokens / before["tokens"]) ** 2 > 1000 * settings.patience
-            ):
+            if before is not None and _expected_seconds(before, tokens) > settings.patience:
                 break
             row = _time(contender, shape, tokens, backward, settings, device)
             yield row
             if "ms" not in row:
                 break
             before = row
+
+
+def _expected_seconds(before: dict[str, Any], tokens: int) -> float:
+    """What a call may take, if its cost is quadratic, from a shorter one's row."""
+    return float(before["ms"]["median"] / 1000 * (tokens / before["tokens"]) ** 2)
 
 
 def _time(

@@ -33,9 +33,8 @@ from torch import Tensor
 
 from power_retention.evaluation.exact import exact_attention, relative_error
 from power_retention.files import write_json
-from power_retention.ops import PowerState, power_retention, power_retention_step
+from power_retention.ops import MemoryExhausted, PowerState, power_retention, power_retention_step
 from power_retention.ops.backends import Call, TorchBackend
-from power_retention.ops.operator import MemoryExhausted
 from power_retention.ops.triton.samples import poisoned_memory
 from power_retention.workers import Failed, in_processes
 

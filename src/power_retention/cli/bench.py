@@ -157,7 +157,7 @@ def _show(report: dict[str, Any]) -> None:
     rows = speed_ups(report)
     table(
         "Milliseconds: power retention against the fastest attention that is right",
-        ("heads, pass", "tokens", "ours", "attention", "faster", "over our best form"),
+        ("heads, pass", "tokens", "ours", "attention", "faster", "over our best form", "memory"),
         [
             (
                 f"{r['shape']}, {r['pass']}",
@@ -166,6 +166,7 @@ def _show(report: dict[str, Any]) -> None:
                 _ms(r["attention"]),
                 "not shown: unchecked" if r["ratio"] is None else f"{r['ratio']:.2f}×",
                 "" if r["over_best_form"] is None else f"{r['over_best_form']:.2f}×",
+                "" if r["memory"] is None else f"{r['memory']:.2f}×",
             )
             for r in rows
         ],

@@ -35,10 +35,18 @@ def speed_ups(report: dict[str, Any]) -> list[dict[str, Any]]:
                 "attention": None if best is None else best["ms"]["median"],
                 "attention_name": None if best is None else best["contender"],
                 "ratio": None if median is None or best is None else best["ms"]["median"] / median,
+                "memory": _memory_ratio(trusted.get(OURS), best),
                 "over_best_form": None if median is None else median / min(own),
             }
         )
     return rows
+
+
+def _memory_ratio(ours: dict[str, Any] | None, attention: dict[str, Any] | None) -> float | None:
+    """Our peak memory over the attention's; None on a CPU."""
+    if ours is None or attention is None or "peak_gb" not in ours:
+        return None
+    return float(ours["peak_gb"] / attention["peak_gb"])
 
 
 def crossover(report: dict[str, Any], shape: str, what: str) -> float | None:

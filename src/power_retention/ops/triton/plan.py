@@ -1,4 +1,4 @@
-"""How a call is cut: runs into slots (chunks), slots into tiles; and the tile sizes of each GPU family."""
+"""How a call is cut: runs into slots (chunks), slots into tiles."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ Milliseconds of one pass over N = B·T tokens, with D the state's width and c th
                            + N·2D(e + 1)·(H + Hq·(1 − c/T)) · per operation on states
                            + ⌈T/c⌉·B·H·D(e + 1) · per number of the states at chunk borders
 
-Seven numbers for each pass and head width; they are fitted to whole passes (:func:`fit_costs`), so launches, transposing
+Six numbers for each pass and head width; they are fitted to whole passes (:func:`fit_costs`), so launches, transposing
 and waiting count as they do in use.  Only shapes are looked at: nothing waits for the device.
 """
 

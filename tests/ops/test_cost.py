@@ -51,13 +51,13 @@ def test_a_cost_that_nothing_shows_is_zero_and_not_negative() -> None:
 
 
 @given(tokens=st.integers(1, 1 << 20), states=st.booleans())
-def test_the_choice_is_the_cheapest_and_one_that_can_run(tokens: int, states: bool) -> None:
+def test_the_choice_is_nearly_the_cheapest_and_one_that_can_run(tokens: int, states: bool) -> None:
     wanted = work(tokens, to_state=states)
     chosen = TRUTH.best_chunk(wanted)
     assert chosen != ATTENTION or not states
     assert 0 <= chosen <= tokens
     possible = [c for c in CHUNKS if c < tokens] + ([] if states else [ATTENTION])
-    assert all(TRUTH.milliseconds(wanted, chosen) <= TRUTH.milliseconds(wanted, c) for c in possible)
+    assert all(TRUTH.milliseconds(wanted, chosen) <= 1.03 * TRUTH.milliseconds(wanted, c) for c in possible)
 
 
 def test_short_inputs_take_attention_and_long_ones_chunks() -> None:
@@ -69,6 +69,11 @@ def test_dearer_borders_make_larger_chunks() -> None:
     chosen = [replace(TRUTH, borders=borders).best_chunk(work(65536)) for borders in (0.0, 1.0, 10.0, 100.0)]
     assert chosen == sorted(chosen)
     assert chosen[0] < chosen[-1]
+
+
+def test_of_two_equal_chunks_the_larger_is_taken_for_its_memory() -> None:
+    level = Costs(attention_fixed=1e6, attention=0.0, chunk_fixed=1.0, within=0.0, states=0.0, borders=0.0)
+    assert level.best_chunk(work(65536)) == CHUNKS[-1]
 
 
 def test_every_family_and_width_has_costs() -> None:

@@ -28,6 +28,9 @@ CHUNKS = (128, 256, 512, 1024, 2048, 4096)
 ATTENTION = 0
 """As a chunk size: the attention form."""
 
+_NEARLY = 1.03
+"""Times over the cheapest one's that are as good."""
+
 
 @dataclass(frozen=True)
 class Work:
@@ -96,7 +99,7 @@ class Costs:
         )
 
     def best_chunk(self, work: Work) -> int:
-        """The cheapest chunk size, 0 for the attention form."""
+        """The chunk size to take, 0 for the attention form: the cheapest, or one that takes less memory and hardly longer."""
         return _cheapest(self, work)
 
     def to_dict(self) -> dict[str, float]:
@@ -106,8 +109,16 @@ class Costs:
 
 @lru_cache(maxsize=1024)  # a training loop asks the same before every launch
 def _cheapest(costs: Costs, work: Work) -> int:
-    candidates = [c for c in CHUNKS if c < work.tokens] + [work.tokens if work.needs_state else ATTENTION]
-    return min(candidates, key=lambda chunk: costs.milliseconds(work, chunk))
+    return _best_of(
+        costs, work, [c for c in CHUNKS if c < work.tokens] + [work.tokens if work.needs_state else ATTENTION]
+    )
+
+
+def _best_of(costs: Costs, work: Work, chunks: Sequence[int]) -> int:
+    """The largest chunk among the nearly cheapest: the larger, the fewer states take memory.  Attention has none."""
+    times = {chunk: costs.milliseconds(work, chunk) for chunk in chunks}
+    near = [chunk for chunk, time in times.items() if time <= _NEARLY * min(times.values())]
+    return ATTENTION if ATTENTION in near else max(near)
 
 
 @dataclass(frozen=True)
@@ -146,8 +157,9 @@ def regret(costs: Costs, measured: Iterable[Measured]) -> dict[int, float]:
         by_length.setdefault(m.work.tokens, []).append(m)
     worst = {}
     for tokens, group in sorted(by_length.items()):
-        chosen = min(group, key=lambda m: costs.milliseconds(m.work, m.chunk))
-        worst[tokens] = chosen.milliseconds / min(m.milliseconds for m in group)
+        chosen = _best_of(costs, group[0].work, [m.chunk for m in group])
+        took = {m.chunk: m.milliseconds for m in group}
+        worst[tokens] = took[chosen] / min(took.values())
     return worst
 
 

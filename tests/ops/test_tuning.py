@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from power_retention.errors import ArgumentError
-from power_retention.ops.triton import plan, tuned
+from power_retention.ops.triton import plan, tuned, tuning
 from power_retention.ops.triton.samples import HeadShape
 from power_retention.ops.triton.tuned import ShapeClass
 from power_retention.ops.triton.tuning import TUNABLES, Check, Sweep, Trial, family_file
@@ -101,6 +101,18 @@ def test_every_tunable_has_right_looking_candidates() -> None:
             for tunable in TUNABLES.values():
                 candidates = tunable.candidates(ShapeClass(width, operands, False))
                 assert len(candidates) == len({str(c) for c in candidates}) >= 2
+
+
+def test_a_small_error_that_others_do_not_have_is_an_error() -> None:
+    """Errors of 2.3e-3 everywhere and 4.1e-3 once were a fast wrong kernel, well within what bfloat16 may have."""
+    checks = {str(i): Check({"y": 2.3e-3 + i * 1e-5, "dq": 4.3e-3}, None) for i in range(5)}
+    checks["odd"] = Check({"y": 4.1e-3, "dq": 4.3e-3}, None)
+    judged = tuning._against_the_others(checks, torch.bfloat16)
+    assert {name for name, check in judged.items() if check.wrong} == {"odd"}
+    assert judged["odd"].wrong == "relative error of y 4.1e-03, 2.3e-03 with most others"
+    # What is as small as rounding may differ as it likes.
+    tiny = {"a": Check({"y": 1e-6}, None), "b": Check({"y": 2e-6}, None), "c": Check({"y": 9e-5}, None)}
+    assert not any(check.wrong for check in tuning._against_the_others(tiny, torch.bfloat16).values())
 
 
 def trial(rows: int, milliseconds: float | None, wrong: str | None = None) -> Trial:

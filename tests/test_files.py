@@ -100,6 +100,13 @@ class TestJson:
         assert path.read_text().endswith("}\n")
         assert os.listdir(tmp_path) == ["a.json"]
 
+    def test_a_number_that_is_not_finite_is_null(self, tmp_path: Path) -> None:
+        write_json(tmp_path / "a.json", {"a": [float("nan"), 1.5], "b": (float("-inf"),)})
+        assert json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail) == {
+            "a": [None, 1.5],
+            "b": [None],
+        }
+
     def test_a_value_that_is_not_json_leaves_the_old_file(self, tmp_path: Path) -> None:
         write_json(tmp_path / "a.json", 1)
         with pytest.raises(TypeError):

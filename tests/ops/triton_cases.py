@@ -53,7 +53,7 @@ TOLERANCES = {torch.float32: 5e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 
 
 def run(case: Case, device: str, reference: bool) -> dict[str, Tensor]:
-    """Outputs and gradients of the case, by the kernels or by plain PyTorch in float64."""
+    """Outputs and gradients of the case on the CPU, computed on ``device`` by the kernels or by plain PyTorch in float64."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -71,8 +71,8 @@ def run(case: Case, device: str, reference: bool) -> dict[str, Tensor]:
     if case.state:
         phi = expand(draw(runs, heads, 20, d))
         inputs["memory"], inputs["normalizer"] = phi.mT @ draw(runs, heads, 20, e), phi.sum(-2)
-    inputs = {k: (x.double() if reference else x.to(device)).requires_grad_() for k, x in inputs.items()}
-    borders = torch.tensor([0, *case.runs]).cumsum(0).to("cpu" if reference else device) if case.runs else None
+    inputs = {k: (x.double() if reference else x).to(device).requires_grad_() for k, x in inputs.items()}
+    borders = torch.tensor([0, *case.runs]).cumsum(0).to(device) if case.runs else None
     state = PowerState(inputs["memory"], inputs["normalizer"], case.p, d) if case.state else None
     os.environ["POWER_RETENTION_BACKEND"] = "torch" if reference else "triton"
     out: Any = power_retention(
@@ -92,16 +92,21 @@ def run(case: Case, device: str, reference: bool) -> dict[str, Tensor]:
     }
 
 
-def failures(case: Case, device: str) -> list[str]:
-    """What is wrong with the kernels' answer, in words."""
-    expected, got = run(case, device, reference=True), run(case, device, reference=False)
-    wrong = []
+def errors(case: Case, device: str, reference_device: str = "cpu") -> dict[str, float]:
+    """Relative error of every output and gradient of the kernels."""
+    expected, got = run(case, reference_device, reference=True), run(case, device, reference=False)
+    found = {}
     for name, want in expected.items():
         size = want.double().norm()
         error = (got[name].double() - want).norm() / size if size > 1e-30 else got[name].double().norm()
-        if not error <= TOLERANCES[case.dtype]:
-            wrong.append(f"{name}: relative error {error:.1e}")
-    return wrong
+        found[name] = float(error)
+    return found
+
+
+def failures(case: Case, device: str, reference_device: str = "cpu") -> list[str]:
+    """What is wrong with the kernels' answer, in words."""
+    found = errors(case, device, reference_device)
+    return [f"{name}: relative error {x:.1e}" for name, x in found.items() if not x <= TOLERANCES[case.dtype]]
 
 
 def decoding_failures(device: str) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from power_retention.files import json_text
 
 status = Console(stderr=True)
 """Progress and remarks; standard output is for results."""
@@ -19,7 +20,7 @@ results = Console()
 
 def print_json(value: Any) -> None:
     """A result for machines."""
-    print(json.dumps(value, indent=2))
+    print(json_text(value))
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

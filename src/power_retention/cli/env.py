@@ -35,14 +35,14 @@ def collect() -> dict[str, Any]:
     import psutil
     import torch
 
-    from power_retention.machine import matmul_rate
+    from power_retention.machine import matmul_rate, processor_name
     from power_retention.ops import LAYOUT, backend_names
 
     report: dict[str, Any] = {name: _version(name) for name in _PACKAGES}
     report |= {
         "python": platform.python_version(),
         "system": platform.platform(),
-        "processor": _processor(),
+        "processor": processor_name(),
         "cores": psutil.cpu_count(logical=False),
         "torch threads": torch.get_num_threads(),
         "memory, GB": round(psutil.virtual_memory().total / 1e9, 1),
@@ -60,11 +60,3 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

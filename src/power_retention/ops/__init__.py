@@ -2,7 +2,7 @@
 
 from power_retention.ops.backends import Backend, Call, backend_names, register_backend
 from power_retention.ops.layout import LAYOUT, expand, from_blocks16, multiplicity, state_width, to_blocks16
-from power_retention.ops.operator import power_retention
+from power_retention.ops.operator import MemoryExhausted, power_retention
 from power_retention.ops.state import PowerState
 from power_retention.ops.step import power_retention_step
 from power_retention.ops.triton import register as _register_triton
@@ -13,6 +13,7 @@ __all__ = [
     "LAYOUT",
     "Backend",
     "Call",
+    "MemoryExhausted",
     "PowerState",
     "backend_names",
     "expand",

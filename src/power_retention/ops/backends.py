@@ -56,8 +56,9 @@ class Call:
 class Backend(Protocol):
     """What a backend provides; ``forward`` and ``backward`` see real tensors, never fake ones.
 
-    It may also have ``devices``, the device types it serves: tensors elsewhere pass it by without a word; and ``step``, the
-    kernel that :func:`fused_step` looks for.
+    It may also have ``devices``, the device types it serves: tensors elsewhere pass it by without a word; ``step``, the
+    kernel that :func:`fused_step` looks for; ``chunk_size(call, backward=…)``, its own choice where the caller left it open
+    (the two passes may differ); and ``workspace(call, backward=…)``, the bytes an out-of-memory error names.
     """
 
     name: str

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from power_retention.errors import ArgumentError
-from power_retention.ops.backends import Call, choose_backend
+from power_retention.errors import ArgumentError, PowerRetentionError
+from power_retention.ops.backends import Backend, Call, choose_backend
 from power_retention.ops.heads import compute_dtype
 from power_retention.ops.layout import WIDEST_STATE, check_power, has_state, state_width
 from power_retention.ops.state import PowerState, check_state
+
+
+class MemoryExhausted(PowerRetentionError, torch.OutOfMemoryError):
+    """A pass did not fit into the device's memory; the message names the sizes."""
+
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -74,17 +82,15 @@ def power_retention(
         )
     if mask is not None:
         q, k, v, log_g = _without_padding(q, k, v, log_g, mask)
-    if chunk_size is None:
-        chunk_size = choose_chunk_size(q.shape[1], k.shape[-1], p, needs_state=needs_state)
     memory, normalizer = (None, None) if initial_state is None else initial_state[:2]
     y, memory, normalizer = torch.ops.power_retention.retain(
-        q, k, v, log_g, memory, normalizer, cu_seqlens, p, chunk_size, return_state
+        q, k, v, log_g, memory, normalizer, cu_seqlens, p, _CHOOSE if chunk_size is None else chunk_size, return_state
     )
     return (y, PowerState(memory, normalizer, p, k.shape[-1])) if return_state else y
 
 
-def choose_chunk_size(tokens: int, head_width: int, p: int, *, needs_state: bool) -> int:
-    """Tokens a chunk, 0 for the attention form.
+def usual_chunk_size(tokens: int, head_width: int, p: int, *, needs_state: bool) -> int:
+    """Tokens a chunk, 0 for the attention form, where no backend knows better.
 
     A token costs about c·2d operations inside its chunk and D·2d at its border; chunks of about D/4 balance the two with
     the element-wise work that only the first has.  A sequence of up to two chunks is one chunk, and needs no border.
@@ -203,6 +209,53 @@ def _check_has_state(head_width: int, p: int, chunk_size: int | None) -> None:
 
 # ── the custom operators behind the call: what autograd and torch.compile see ────────────────────────────────────────
 
+_CHOOSE = -1
+"""As a chunk size: to be chosen when the real sizes are known, so that one compiled graph serves every length."""
+
+
+def _planned(call: Call, *, backward: bool) -> tuple[Backend, Call]:
+    """The backend that runs the call, and the call with its chunk size chosen."""
+    if call.chunk_size != _CHOOSE:
+        return choose_backend(call), call
+    needs_state = call.memory is not None or call.return_state
+    usual = usual_chunk_size(call.q.shape[1], call.k.shape[-1], call.p, needs_state=needs_state)
+    call = replace(call, chunk_size=usual)
+    backend = choose_backend(call)
+    if hasattr(backend, "chunk_size"):
+        call = replace(call, chunk_size=backend.chunk_size(call, backward=backward))
+    return backend, call
+
+
+@contextmanager
+def _sizes_named(backend: Backend, call: Call, *, backward: bool) -> Iterator[None]:
+    """An out-of-memory inside says what was asked for and what took the memory."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        parts = backend.workspace(call, backward=backward) if hasattr(backend, "workspace") else {}
+        raise MemoryExhausted(_explain_memory(call, parts, backward=backward)) from error
+
+
+def _explain_memory(call: Call, parts: dict[str, int], *, backward: bool) -> str:
+    form = f"chunks of {call.chunk_size:,} tokens" if call.chunk_size else "the attention form"
+    largest = sorted(((size, name) for name, size in parts.items() if size), reverse=True)
+    needs = (
+        f" The kernels ask for {', '.join(f'{name} {size / 1e9:.2f} GB' for size, name in largest)}." if largest else ""
+    )
+    free = ""
+    if call.q.device.type == "cuda":
+        left, total = torch.cuda.mem_get_info(call.q.device)
+        free = f" {left / 1e9:.1f} of {total / 1e9:.1f} GB are free outside PyTorch's cache."
+    remedy = "Use fewer tokens a call (carry the state with return_state and initial_state), or a smaller batch"
+    if largest and largest[0][1].endswith(("chunk borders", "the states")):
+        remedy = (
+            f"Use a larger chunk_size than {call.chunk_size:,} (fewer states), fewer tokens a call, or a smaller batch"
+        )
+    return (
+        f"The {'backward' if backward else 'forward'} pass of power_retention ran out of memory in {form} with q "
+        f"{list(call.q.shape)}, k {list(call.k.shape)} and v {list(call.v.shape)} in {call.q.dtype}.{needs}{free} {remedy}."
+    )
+
 
 @torch.library.custom_op("power_retention::retain", mutates_args=())
 def _retain(
@@ -218,7 +271,9 @@ def _retain(
     return_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     call = Call(q, k, v, log_g, memory, normalizer, cu_seqlens, p, chunk_size, return_state)
-    return choose_backend(call).forward(call)
+    backend, call = _planned(call, backward=False)
+    with _sizes_named(backend, call, backward=False):
+        return backend.forward(call)
 
 
 @_retain.register_fake
@@ -248,7 +303,9 @@ def _retain_backward(
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     call = Call(q, k, v, log_g, memory, normalizer, cu_seqlens, p, chunk_size, d_memory is not None)
-    grads = choose_backend(call).backward(call, dy, d_memory, d_normalizer)
+    backend, call = _planned(call, backward=True)
+    with _sizes_named(backend, call, backward=True):
+        grads = backend.backward(call, dy, d_memory, d_normalizer)
     # A custom operator returns tensors only: an input that was None gets an empty gradient, dropped by the caller.
     dq, dk, dv, dlog_g, d_memory_in, d_normalizer_in = (q.new_empty(0) if g is None else g.contiguous() for g in grads)
     return dq, dk, dv, dlog_g, d_memory_in, d_normalizer_in

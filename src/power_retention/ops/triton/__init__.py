@@ -1,7 +1,8 @@
-"""The fast backend: Triton kernels for any GPU that Triton knows, with tile sizes fixed per GPU family.
+"""The fast backend: Triton kernels for any GPU that Triton knows, with settings measured per GPU family or on this machine.
 
 Reading order: ``backend`` (which call takes which kernels), ``plan`` (chunks, tiles), ``prepare``, ``states``, ``forward``,
-``backward``.  Nothing here imports Triton until a call needs it.
+``backward``; then ``tuned`` (where settings come from), ``sizes`` (form, chunk, memory), ``tuning`` (the verified sweep) and
+``samples`` (the calls it runs).  Nothing here imports Triton until a call needs it.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from power_retention.ops.backends import Call
 from power_retention.ops.chunk import NOISE
 from power_retention.ops.layout import monomials, multiplicity, state_width
 from power_retention.ops.triton.plan import WIDTHS, Plan, Tile, Tiles, interpreted, make_plan, tiles_for
+from power_retention.ops.triton.sizes import cheapest_chunk, workspace
 
 _FORGET = -110.0
 """exp of it is 0 in float32, and sums of it over a tile keep the digits of ordinary gates."""
@@ -52,6 +53,14 @@ class TritonBackend:
         if call.runs > 65535:
             return "it takes at most 65,535 sequences a call"
         return None
+
+    def chunk_size(self, call: Call, *, backward: bool) -> int:
+        """Tokens a chunk, 0 for the attention form: the cheapest by what was measured on this GPU or its family."""
+        return call.chunk_size if call.p != 2 or call.q.device.type == "cpu" else cheapest_chunk(call, backward)
+
+    def workspace(self, call: Call, *, backward: bool) -> dict[str, int]:
+        """Bytes of the large tensors that a call needs besides its inputs and results, by name."""
+        return workspace(call, backward)
 
     def forward(self, call: Call) -> tuple[Tensor, Tensor, Tensor]:
         with _on(call.q.device):
@@ -135,7 +144,7 @@ class _Run:
         self.heads, self.tokens = call.k.shape[2], batch * length
         self.groups = self.query_heads // self.heads
         self.plan = self._plan(batch, length)
-        self.tiles: Tiles = tiles_for(max(self.d, self.e), call.q.dtype, self.device)
+        self.tiles: Tiles = tiles_for(max(self.d, self.e), call.q.dtype, self.device, self.groups)
         self.rows, self.block = self.d * (self.d // 2 + 1), min(self.d, self.tiles.block)
 
     def _plan(self, batch: int, length: int) -> Plan:

@@ -1,13 +1,15 @@
-"""How a call is cut: runs into slots (chunks), slots into tiles; and the tile sizes of each GPU family."""
+"""How a call is cut: runs into slots (chunks), slots into tiles."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+from power_retention.ops.triton.tuned import ShapeClass, generation, setting_for
 
 PAD = 64
 """Every slot owns a whole number of this many columns, so that transposed tiles are aligned and need no mask."""
@@ -92,42 +94,29 @@ class Tiles:
     block: int = 32
 
 
-_MEDIUM = Tile(64, 64, 4, 2)
-_HOPPER = {
-    16: Tiles(Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), _MEDIUM, _MEDIUM, _MEDIUM, _MEDIUM, _MEDIUM, 16),
-    32: Tiles(Tile(128, 64, 4, 3), Tile(64, 64, 4, 3), _MEDIUM, _MEDIUM, _MEDIUM, _MEDIUM, _MEDIUM, 32),
-    64: Tiles(
-        accumulate=Tile(128, 64, 4, 3), read=Tile(128, 64, 4, 4), attend=Tile(128, 64, 4, 3), contract=Tile(128, 64, 4, 3),
-        query_grad=Tile(128, 32, 4, 3), key_grad=Tile(128, 32, 4, 3), value_grad=Tile(128, 32, 4, 3), block=32,
-    ),
-    128: Tiles(
-        accumulate=Tile(256, 64, 8, 3), read=Tile(128, 64, 4, 3), attend=Tile(128, 64, 8, 2), contract=Tile(128, 64, 8, 3),
-        query_grad=Tile(128, 32, 8, 3), key_grad=Tile(64, 32, 4, 2), value_grad=Tile(128, 32, 8, 3), block=32,
-    ),
-    256: Tiles(
-        Tile(128, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1),
-        Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), 32,
-    ),
-}  # fmt: skip
-_SMALL = Tile(32, 32, 4, 1)
-_TINY = Tile(16, 16, 4, 1)
-_ANY = dict.fromkeys(
-    (16, 32, 64, 128), Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), _SMALL, _SMALL, _SMALL, _SMALL, _SMALL, 32)
-) | {256: Tiles(Tile(64, 32, 4, 1), _SMALL, _TINY, _TINY, _TINY, _TINY, _TINY, 32)}
-_WIDE_OPERANDS = dict.fromkeys(
-    (16, 32, 64, 128), Tiles(Tile(64, 32, 4, 2), _SMALL, _SMALL, _SMALL, _SMALL, _SMALL, _SMALL, 16)
-) | {256: Tiles(Tile(64, 32, 8, 1), _TINY, _TINY, _TINY, _TINY, _TINY, _TINY, 16)}
-WIDTHS = tuple(_HOPPER)
+TILED = tuple(field.name for field in fields(Tiles) if field.name != "block")
+"""Kernels that have a tile."""
+
+WIDTHS = (16, 32, 64, 128, 256)
 """Key and value widths that have kernels; others are padded to the next."""
 
 
-def tiles_for(width: int, dtype: torch.dtype, device: torch.device) -> Tiles:
-    """Fixed winners per GPU family, larger of the two head widths and operand size; never of the sequence length."""
-    if dtype != torch.bfloat16:
-        return _WIDE_OPERANDS[width]
-    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9:
-        return _HOPPER[width]
-    return _ANY[width]
+def tiles_for(width: int, dtype: torch.dtype, device: torch.device, groups: int = 1) -> Tiles:
+    """What was measured to be best on this GPU, or on its family; never a matter of the sequence's length.
+
+    Args:
+        width: the larger of the two head widths, one of :data:`WIDTHS`.
+        dtype: of the inputs.
+        device: where the kernels run.
+        groups: query heads that share a key/value head.
+    """
+    return _tiles(ShapeClass.of(width, dtype, groups), device, generation())
+
+
+@lru_cache(maxsize=64)
+def _tiles(shape: ShapeClass, device: torch.device, _: int) -> Tiles:
+    tiles = {name: Tile(**setting_for(name, shape, device)) for name in TILED}
+    return Tiles(**tiles, block=setting_for("block", shape, device)["width"])
 
 
 def interpreted() -> bool:

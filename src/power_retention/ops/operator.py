@@ -73,7 +73,7 @@ def power_retention(
             device=q.device,
         )
     if mask is not None:
-        q, k, v, log_g = _without_padding(q, k, v, log_g, mask)
+        q, k, v, log_g = without_padding(q, k, v, log_g, mask)
     if chunk_size is None:
         chunk_size = choose_chunk_size(q.shape[1], k.shape[-1], p, needs_state=needs_state)
     memory, normalizer = (None, None) if initial_state is None else initial_state[:2]
@@ -97,7 +97,7 @@ def choose_chunk_size(tokens: int, head_width: int, p: int, *, needs_state: bool
     return tokens if tokens <= 2 * size and not needs_state else size
 
 
-def _without_padding(
+def without_padding(
     q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None, mask: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """At padding q, k, v and log_g become 0: a weight of 0 for others, nothing remembered, nothing forgotten."""

@@ -8,12 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from problems import Problem, problems, random_problem, relative_error, run_recurrence
 from torch import Tensor
 
 from power_retention.errors import ArgumentError, StateError
 from power_retention.ops import PowerState, RingState, power_retention_decode
 from power_retention.ops.reference import recurrent_form
-from problems import Problem, problems, random_problem, relative_error, run_recurrence
 
 
 def ring_for(problem: Problem, fold_size: int = 4, slots: int | None = None) -> RingState:

@@ -4,7 +4,7 @@ A state that takes in every token is read *and* rewritten for each; one that tak
 every L-th token.  Until then the tokens stand in a ring of C = 2L places, as keys, values and gates, and attention over them is
 added to what the state answers:
 
-    y_i = (φ(q_i)ᵀS · exp(G_i) + Σ_j (q_i·k_j)^p exp(G_i − G_j) v_j) / (the same with s and 1)      G: log gates summed in the ring
+    y_i = (φ(q_i)ᵀS · exp(G_i) + Σ_j (q_i·k_j)^p exp(G_i − G_j) v_j) / (the same with s and 1)      G: log gates summed
 
 When a token finds no place, the *oldest* L are folded, S ← exp(G_L) S + Σ_j exp(G_L − G_j) φ(k_j) v_jᵀ, and the newest L stay.
 So the last L tokens can always be taken back: that is a subtraction on a counter, since nothing of them is in the state.
@@ -41,8 +41,8 @@ class RingState:
         keys: ``[slots, H, C, d]``, the ring, in the model's dtype.
         values: ``[slots, H, C, e]``, likewise.
         gates: ``[slots, H, C]``, log gates a step, in the dtype of ``normalizer``.
-        cursor: int32 ``[slots, H, 2]``: the place of the oldest token in the ring, and how many there are.  One a head, so that no
-            part of a kernel has to wait for another head's; the heads of a slot always agree.
+        cursor: int32 ``[slots, H, 2]``: the place of the oldest token in the ring, and how many there are.  One a head, so that
+            no part of a kernel has to wait for another head's; the heads of a slot always agree.
         arrived: int32 ``[slots, H]``, the kernel's count of finished programs: 0 between calls, of any stream.
         p: the power.
         head_width: key width d.
@@ -136,8 +136,9 @@ class RingState:
     def roll_back(self, tokens: int | Tensor, slot_indices: Tensor | None = None, *, check: bool = True) -> None:
         """Take back the last tokens, as if they had never been read: neither state nor ring keeps anything of them.
 
-        At least the tokens of the last call, and the last L, can be taken back; what was taken back no longer counts.  Tokens are
-        folded when later ones need their places, so a fold that those later ones caused stays; it held older tokens only.
+        The last L tokens read can be taken back, once.  A fold that the tokens taken back caused stays, since it held older
+        tokens only: the state is then bit for bit that of a sequence which folded as early; without such a fold it is what it
+        was before.
 
         Args:
             tokens: how many, a number or an integer tensor ``[B]``.
@@ -221,10 +222,10 @@ def power_retention_decode(
 ) -> Tensor:
     """Read T tokens of B sequences into a ring, and answer their queries.
 
-    Equal to :func:`power_retention` with everything read before as ``initial_state``; ``ring`` is changed in place, and no gradient
-    is recorded.  Up to L tokens are appended to the ring, the oldest L being folded first where they would find no place: one
-    kernel launch where a backend has one, never a wait for the device, CUDA-graph safe.  More than L are read in chunks, all but the
-    last L of them going into the state.
+    Equal to :func:`power_retention` with everything read before as ``initial_state``; ``ring`` is changed in place, and no
+    gradient is recorded.  Up to L tokens are appended to the ring, the oldest L being folded first where they would find no
+    place: one kernel launch where a backend has one, never a wait for the device, CUDA-graph safe.  More than L are read in
+    chunks, all but the last L of them going into the state.
 
     Args:
         q: ``[B, T, Hq, d]``.
@@ -232,8 +233,8 @@ def power_retention_decode(
         v: ``[B, T, H, e]``.
         log_g: ``[B, T, H]``, ≤ 0, or None.
         ring: of at least B slots (of exactly B without ``slot_indices``).
-        slot_indices: int32 or int64 ``[B]``: the slot of each sequence, each at most once.  A negative one marks a row that is no
-            sequence: its y is 0 and nothing is kept.
+        slot_indices: int32 or int64 ``[B]``: the slot of each sequence, each at most once.  A negative one marks a row that is
+            no sequence: its y is 0 and nothing is kept.
         mask: ``[B, T]``, False at padding, which takes a place in the ring and has no effect.
 
     Returns:
@@ -248,7 +249,8 @@ def power_retention_decode(
     if mask is not None:
         q, k, v, log_g = without_padding(q, k, v, log_g, mask)
     decode = torch.ops.power_retention.decode if torch.compiler.is_compiling() else _decode
-    y: Tensor = decode(q, k, v, log_g, slot_indices, *ring._tensors().values(), ring.p, ring.head_width)
+    tensors = (ring.memory, ring.normalizer, ring.keys, ring.values, ring.gates, ring.cursor, ring.arrived)
+    y: Tensor = decode(q, k, v, log_g, slot_indices, *tensors, ring.p, ring.head_width)
     return y
 
 

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,7 +18,20 @@ from torch.nn.functional import pad as pad_tensor
 from power_retention.ops.backends import Call
 from power_retention.ops.chunk import NOISE
 from power_retention.ops.layout import monomials, multiplicity, state_width
-from power_retention.ops.triton.plan import WIDTHS, Plan, Tile, Tiles, interpreted, make_plan, tiles_for
+from power_retention.ops.triton.plan import (
+    WIDTHS,
+    DecodeShape,
+    Plan,
+    Tile,
+    Tiles,
+    decode_shape,
+    interpreted,
+    make_plan,
+    tiles_for,
+)
+
+if TYPE_CHECKING:
+    from power_retention.ops.ring import RingState
 
 _FORGET = -110.0
 """exp of it is 0 in float32, and sums of it over a tile keep the digits of ordinary gates."""
@@ -96,6 +109,74 @@ class TritonBackend:
             )  # fmt: skip
         return y
 
+    def decode(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_g: Tensor | None,
+        ring: RingState,
+        slot_indices: Tensor | None,
+        shape: DecodeShape | None = None,
+    ) -> Tensor | None:
+        """Decoding through a ring in one launch; None where there is no kernel for the call.
+
+        Args:
+            q, k, v, log_g, ring, slot_indices: as in :func:`power_retention.ops.power_retention_decode`.
+            shape: launch shape, chosen unless given.
+        """
+        (batch, tokens, heads, d), e, groups = k.shape, v.shape[-1], q.shape[2] // k.shape[2]
+        rows = 1 << (tokens * groups - 1).bit_length()
+        contiguous = all(
+            x[0].is_contiguous() for x in (ring.memory, ring.normalizer, ring.keys, ring.values, ring.gates)
+        )
+        contiguous = contiguous and ring.cursor.is_contiguous() and ring.arrived.is_contiguous()
+        if q.device.type not in self.devices or torch.float64 in (q.dtype, ring.memory.dtype) or not contiguous:
+            return None
+        if ring.p != 2 or max(d, e) > WIDTHS[-1] or rows > 64 or ring.capacity > 256:
+            return None
+        shape = shape or decode_shape(d, e, ring.memory.itemsize)
+        splits = shape.splits(batch * heads, state_width(d), _multiprocessors(q.device))
+        parts, wide = splits + 1, max(16, 1 << (e - 1).bit_length())
+        y = torch.empty(batch, tokens, heads * groups, e, dtype=v.dtype, device=q.device)
+        partial = torch.empty(batch * heads * parts * rows * wide, dtype=torch.float32, device=q.device)
+        sums = torch.empty(batch * heads * parts * rows * 2, dtype=torch.float32, device=q.device)
+        precision = operands(q.dtype)
+        narrow = q.dtype == ring.memory.dtype == torch.bfloat16
+        with _on(q.device):
+            _kernels("ring").ring_kernel[(batch * heads * parts,)](
+                q.contiguous(), k.contiguous(), v.contiguous(), ring.gates if log_g is None else log_g.contiguous(),
+                ring.cursor if slot_indices is None else slot_indices,
+                ring.memory, ring.normalizer, ring.keys, ring.values, ring.gates, ring.cursor, ring.arrived,
+                partial, sums, y, heads, splits, ring.memory.stride(0), ring.normalizer.stride(0), ring.keys.stride(0),
+                ring.values.stride(0), ring.gates.stride(0),
+                HAS_GATES=log_g is not None, HAS_SLOTS=slot_indices is not None, FORGET=_FORGET, NOISE=_NOISE, T=tokens,
+                GROUPS=groups, M=max(16, rows), R=rows, D=d, DP=max(16, 1 << (d - 1).bit_length()), E=e, EP=wide,
+                L=ring.fold_size, LP=max(16, 1 << (ring.fold_size - 1).bit_length()),
+                CP=max(16, 1 << (ring.capacity - 1).bit_length()), BR=shape.rows,
+                CHUNK=max(1, min(1 << (parts - 1).bit_length(), 8192 // (rows * wide))), PARTS=1 << (parts - 1).bit_length(),
+                ST=precision["CT"] if narrow else import_module("triton.language").float32, STAGES=shape.stages,
+                **precision, num_warps=shape.warps, **({"maxnreg": shape.registers} if shape.registers else {}),
+            )  # fmt: skip
+        return y
+
+
+@lru_cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def operands(dtype: torch.dtype) -> dict[str, Any]:
+    """Operands of matrix products: bfloat16 as it is; float16 as tf32, which holds it and does not overflow.
+
+    The interpreter has no products in bfloat16.
+    """
+    tl = import_module("triton.language")
+    if dtype == torch.bfloat16 and not interpreted():
+        return {"CT": tl.bfloat16, "PREC": "tf32"}
+    exact = dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
+    return {"CT": tl.float32, "PREC": "ieee" if exact else "tf32"}
+
 
 @lru_cache
 def _arrivals(size: int, device: torch.device) -> Tensor:
@@ -157,12 +238,7 @@ class _Run:
 
     @property
     def precision(self) -> dict[str, Any]:
-        """Operands of the matrix products: bfloat16 as it is; float16 as tf32, which holds it and does not overflow."""
-        tl = import_module("triton.language")
-        if self.call.q.dtype == torch.bfloat16:
-            return {"CT": tl.bfloat16, "PREC": "tf32"}
-        exact = self.call.q.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
-        return {"CT": tl.float32, "PREC": "ieee" if exact else "tf32"}
+        return operands(self.call.q.dtype)
 
     def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)

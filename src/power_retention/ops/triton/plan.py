@@ -130,6 +130,35 @@ def tiles_for(width: int, dtype: torch.dtype, device: torch.device) -> Tiles:
     return _ANY[width]
 
 
+@dataclass(frozen=True)
+class DecodeShape:
+    """Launch shape of decoding: rows of a tile, programs meant to share a multiprocessor, warps, stages, register limit."""
+
+    rows: int
+    resident: int
+    warps: int
+    stages: int
+    registers: int | None = None
+
+    def splits(self, heads: int, width: int, multiprocessors: int) -> int:
+        """Programs that share one head's state of ``width`` rows where ``heads`` heads (of all sequences) are read.
+
+        As many as fill the machine; a program's start and its part of the sum cost about as much as three tiles.
+        """
+        tiles, places = -(-width // self.rows), self.resident * multiprocessors
+
+        def cost(splits: int) -> int:
+            return -(-heads * splits // places) * (-(-tiles // splits) + 3)
+
+        return min(range(1, min(tiles, 64) + 1), key=cost)
+
+
+def decode_shape(key_width: int, value_width: int, state_bytes: int) -> DecodeShape:
+    """Tiles of about 16 kB: of those, two programs a multiprocessor with four in flight each cover the memory's latency."""
+    rows = 8192 // (1 << (value_width - 1).bit_length()) * 2 // state_bytes
+    return DecodeShape(rows=max(16, min(rows, 128)), resident=2, warps=4, stages=4)
+
+
 def interpreted() -> bool:
     """Whether Triton runs its kernels in Python (``TRITON_INTERPRET=1``), on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"

@@ -12,7 +12,10 @@ So the last L tokens can always be taken back: that is a subtraction on a counte
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -204,6 +207,12 @@ class RingState:
         """L, tokens folded at a time, and tokens that can always be taken back."""
         return self.capacity // 2
 
+    def fill_after(self, fill: int, tokens: int) -> int:
+        """How many tokens the ring holds after a call with ``tokens`` more, ``fill`` being there before."""
+        if tokens > self.fold_size:
+            return self.fold_size
+        return fill + tokens - (self.fold_size if fill + tokens > self.capacity else 0)
+
     @property
     def nbytes(self) -> int:
         """Bytes held."""
@@ -219,6 +228,8 @@ def power_retention_decode(
     *,
     slot_indices: Tensor | None = None,
     mask: Tensor | None = None,
+    chunk_size: int | None = None,
+    fresh: bool = False,
 ) -> Tensor:
     """Read T tokens of B sequences into a ring, and answer their queries.
 
@@ -236,6 +247,8 @@ def power_retention_decode(
         slot_indices: int32 or int64 ``[B]``: the slot of each sequence, each at most once.  A negative one marks a row that is
             no sequence: its y is 0 and nothing is kept.
         mask: ``[B, T]``, False at padding, which takes a place in the ring and has no effect.
+        chunk_size: of a prompt longer than L, see :func:`power_retention`.
+        fresh: says that nothing was read yet, which spares a prompt the reading of an empty state.
 
     Returns:
         y ``[B, T, Hq, e]`` in the dtype of v.
@@ -250,7 +263,7 @@ def power_retention_decode(
         q, k, v, log_g = without_padding(q, k, v, log_g, mask)
     decode = torch.ops.power_retention.decode if torch.compiler.is_compiling() else _decode
     tensors = (ring.memory, ring.normalizer, ring.keys, ring.values, ring.gates, ring.cursor, ring.arrived)
-    y: Tensor = decode(q, k, v, log_g, slot_indices, *tensors, ring.p, ring.head_width)
+    y: Tensor = decode(q, k, v, log_g, slot_indices, *tensors, ring.p, ring.head_width, chunk_size, fresh)
     return y
 
 
@@ -302,15 +315,20 @@ def _decode(
     arrived: Tensor,
     p: int,
     head_width: int,
+    chunk_size: int | None,
+    fresh: bool,
 ) -> Tensor:
     ring = RingState(memory, normalizer, keys, values, gates, cursor, arrived, p, head_width)
     with torch.no_grad():
         y = fused_decode(q, k, v, log_g, ring, slot_indices) if q.shape[1] <= ring.fold_size else None
         if y is not None:
             return y
-        if slot_indices is None:
-            return _read_into(q, k, v, log_g, ring)
-        return _decode_slots(q, k, v, log_g, ring, slot_indices)
+        read = (
+            _read_piece if q.shape[1] <= ring.fold_size else partial(_read_prompt, chunk_size=chunk_size, fresh=fresh)
+        )
+        return (
+            read(q, k, v, log_g, ring) if slot_indices is None else _in_slots(read, q, k, v, log_g, ring, slot_indices)
+        )
 
 
 _decode_operator = torch.library.custom_op(
@@ -328,8 +346,14 @@ def _decode_fake(q, k, v, log_g, slot_indices, *ring):  # type: ignore[no-untype
 # ── the same in plain PyTorch: one slot a row ────────────────────────────────────────────────────────────────────────
 
 
-def _decode_slots(
-    q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None, ring: RingState, slot_indices: Tensor
+def _in_slots(
+    read: Callable[..., Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_g: Tensor | None,
+    ring: RingState,
+    slot_indices: Tensor,
 ) -> Tensor:
     """Slots are taken out, changed and put back; rows without a slot are left out."""
     rows = (slot_indices >= 0).nonzero().squeeze(-1)
@@ -337,32 +361,39 @@ def _decode_slots(
     if rows.numel():
         slots = slot_indices.long()[rows]
         own = ring.select(slots)
-        y[rows] = _read_into(q[rows], k[rows], v[rows], None if log_g is None else log_g[rows], own)
+        y[rows] = read(q[rows], k[rows], v[rows], None if log_g is None else log_g[rows], own)
         for tensor, changed in zip(ring._tensors().values(), own._tensors().values(), strict=True):
             tensor[slots] = changed
     return y
 
 
-def _read_into(q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None, ring: RingState) -> Tensor:
-    size = ring.fold_size
-    if q.shape[1] <= size:
-        _make_room(ring, q.shape[1])
-        _append(ring, k, v, log_g)
-        return _answer(ring, q)
-    _fold(ring, ring.fill.clone(), ring.capacity)
-    state = PowerState(ring.memory, ring.normalizer, ring.p, ring.head_width)
+def _read_piece(q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None, ring: RingState) -> Tensor:
+    _make_room(ring, q.shape[1])
+    _append(ring, k, v, log_g)
+    return _answer(ring, q)
+
+
+def _read_prompt(
+    q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None, ring: RingState, *, chunk_size: int | None, fresh: bool
+) -> Tensor:
+    """All but the last L tokens go into the state, in chunks."""
     head, tail = (
         (q[:, span], k[:, span], v[:, span], None if log_g is None else log_g[:, span])
-        for span in (slice(None, -size), slice(-size, None))
+        for span in (slice(None, -ring.fold_size), slice(-ring.fold_size, None))
     )
-    out = power_retention(*head, p=ring.p, initial_state=state, return_state=True)
-    assert isinstance(out, tuple)
-    last = power_retention(*tail, p=ring.p, initial_state=out[1])
-    assert isinstance(last, Tensor)
-    ring.memory.copy_(out[1].memory)
-    ring.normalizer.copy_(out[1].normalizer)
+    state = None
+    if not fresh:
+        _fold(ring, ring.fill.clone(), ring.capacity)
+        state = PowerState(ring.memory, ring.normalizer, ring.p, ring.head_width)
+    options: dict[str, Any] = {"p": ring.p, "chunk_size": chunk_size or None}
+    y, state = cast(
+        "tuple[Tensor, PowerState]", power_retention(*head, initial_state=state, return_state=True, **options)
+    )
+    last = cast("Tensor", power_retention(*tail, initial_state=state, **options))
+    ring.memory.copy_(state.memory)
+    ring.normalizer.copy_(state.normalizer)
     _append(ring, *tail[1:])
-    return torch.cat((out[0], last), 1)
+    return torch.cat((y, last), 1)
 
 
 def _make_room(ring: RingState, tokens: int) -> None:

@@ -74,8 +74,9 @@ def test_copies_do_not_share_memory(model: PowerRetentionForCausalLM) -> None:
         for tensor in other.layers[0]._ring._tensors().values():
             tensor[0] = 1
         rows = other.layers[0]._ring.memory.shape[0]
-        assert rows == 1 or next_logits(model, more.expand(rows, 2), other)[2:].equal(kept)
-    assert next_logits(model, more, cache).equal(kept)
+        if rows > 1:
+            assert_close(next_logits(model, more.expand(rows, 2), other)[2:], kept)
+    assert_close(next_logits(model, more, cache), kept)
 
 
 def test_rows_reordered_and_selected(model: PowerRetentionForCausalLM) -> None:

@@ -154,7 +154,8 @@ class TritonBackend:
                 GROUPS=groups, M=max(16, rows), R=rows, D=d, DP=max(16, 1 << (d - 1).bit_length()), E=e, EP=wide,
                 L=ring.fold_size, LP=max(16, 1 << (ring.fold_size - 1).bit_length()),
                 CP=max(16, 1 << (ring.capacity - 1).bit_length()), BR=shape.rows,
-                CHUNK=max(1, min(1 << (parts - 1).bit_length(), 8192 // (rows * wide))), PARTS=1 << (parts - 1).bit_length(),
+                CHUNK=max(1, min(1 << (splits - 1).bit_length(), 2048 * shape.warps // (rows * wide))),
+                PARTS=1 << (parts - 1).bit_length(),
                 ST=precision["CT"] if narrow else import_module("triton.language").float32, STAGES=shape.stages,
                 **precision, num_warps=shape.warps, **({"maxnreg": shape.registers} if shape.registers else {}),
             )  # fmt: skip

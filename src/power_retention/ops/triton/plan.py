@@ -150,7 +150,7 @@ class DecodeShape:
         def cost(splits: int) -> int:
             return -(-heads * splits // places) * (-(-tiles // splits) + 3)
 
-        return min(range(1, min(tiles, 64) + 1), key=cost)
+        return min(range(1, min(tiles, 63) + 1), key=cost)
 
 
 def decode_shape(key_width: int, value_width: int, state_bytes: int) -> DecodeShape:

@@ -30,11 +30,24 @@ def reverse_sum(x):
 
 
 @triton.jit
-def product_of_pairs(query, row, r, there, scale, D: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, heads):
+def pair(tile, D: tl.constexpr, BR: tl.constexpr):
+    """Rows of a tile of the state: (row, a, b), each the monomial x_a·x_b."""
+    r = tile * BR + tl.arange(0, BR)
+    if D % BR == 0:
+        # A tile lies within one rotation: no division in the loop.
+        a = (tile % (D // BR)) * BR + tl.arange(0, BR)
+        b = a + tile // (D // BR)
+    else:
+        a = r % D
+        b = a + r // D
+    return r, a, tl.where(b >= D, b - D, b)
+
+
+@triton.jit
+def product_of_pairs(
+    query, row, r, a, b, there, scale, D: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, heads
+):
     """φ of the queries with its multiplicity, rows ``r`` of the state: float32 ``[M, len(r)]``."""
-    a = r % D
-    b = a + r // D
-    b = tl.where(b >= D, b - D, b)
     valid = there[:, None] & (r < ROWS)[None, :]
     left = rows_of(query, row, a, scale, valid, D, GROUPS, heads)
     right = rows_of(query, row, b, scale, valid, D, GROUPS, heads)
@@ -126,7 +139,6 @@ def ring_kernel(
         norm = normalizer + slot * normalizer_stride + head * ROWS
         acc = tl.zeros([M, EP], tl.float32)
         dens = tl.zeros([M, BR], tl.float32)
-        trace = tl.zeros([BR], tl.float32)
         begin = (part - 1) * TILES // splits
         end = part * TILES // splits
         if folds:
@@ -140,41 +152,40 @@ def ring_kernel(
                 ring_v + (at * E)[:, None] + col[None, :], mask=due[:, None] & (col < E)[None, :], other=0.0
             ).to(ST)
             for tile in tl.range(begin, end, num_stages=1):
-                r = tile * BR + tl.arange(0, BR)
-                a = r % D
-                b = a + r // D
-                b = tl.where(b >= D, b - D, b)
+                r, a, b = pair(tile, D, BR)
                 exists = (r < ROWS)[:, None] & due[None, :]
                 phi = tl.load(ring_k + (at * D)[None, :] + a[:, None], mask=exists, other=0.0).to(tl.float32)
                 phi *= tl.load(ring_k + (at * D)[None, :] + b[:, None], mask=exists, other=0.0).to(tl.float32)
                 phi *= weight[None, :]
-                address = state + r.to(tl.int64)[:, None] * E + col[None, :]
+                address = state + r[:, None] * E + col[None, :]
                 mask = (r < ROWS)[:, None] & (col < E)[None, :]
                 s = tl.load(address, mask=mask, other=0.0).to(tl.float32) * decay
                 s = tl.dot(phi.to(ST), value, s, input_precision=PREC).to(memory.dtype.element_ty)
                 tl.store(address, s, mask=mask)
                 z = tl.load(norm + r, mask=r < ROWS, other=0.0) * decay + tl.sum(phi, 1)
                 tl.store(norm + r, z, mask=r < ROWS)
-                phi = product_of_pairs(query, row, r, there, scale, D, GROUPS, ROWS, heads)
+                phi = product_of_pairs(query, row, r, a, b, there, scale, D, GROUPS, ROWS, heads)
                 acc = tl.dot(phi.to(ST), s.to(ST), acc, input_precision=PREC)
                 dens += phi * z[None, :]
-                trace += tl.where(r < D, z, 0.0)
+            tl.debug_barrier()  # what other threads of this program wrote of the normaliser is read below
         else:
             for tile in tl.range(begin, end, num_stages=STAGES):
-                r = tile * BR + tl.arange(0, BR)
-                address = state + r.to(tl.int64)[:, None] * E + col[None, :]
+                r, a, b = pair(tile, D, BR)
+                address = state + r[:, None] * E + col[None, :]
                 if ROWS % BR == 0 and E == EP:
-                    s = tl.load(address)
+                    s = tl.load(address, eviction_policy="evict_first")
                     z = tl.load(norm + r)
                 else:
-                    s = tl.load(address, mask=(r < ROWS)[:, None] & (col < E)[None, :], other=0.0)
+                    mask = (r < ROWS)[:, None] & (col < E)[None, :]
+                    s = tl.load(address, mask=mask, other=0.0, eviction_policy="evict_first")
                     z = tl.load(norm + r, mask=r < ROWS, other=0.0)
-                phi = product_of_pairs(query, row, r, there, scale, D, GROUPS, ROWS, heads)
+                phi = product_of_pairs(query, row, r, a, b, there, scale, D, GROUPS, ROWS, heads)
                 acc = tl.dot(phi.to(ST), s.to(ST), acc, input_precision=PREC)
                 dens += phi * z[None, :]
-                trace += tl.where(r < D, z, 0.0)
         den = tl.sum(dens, 1)
-        other = NOISE * tl.sum(trace, 0) * tl.sum(scaled * scaled, 1)
+        mine = (full >= begin * BR) & (full < end * BR) & (full < D)
+        trace = tl.sum(tl.load(norm + full, mask=mine, other=0.0), 0)
+        other = NOISE * trace * tl.sum(scaled * scaled, 1)
     stored = row < R
     tl.store(partial + ((base + row) * EP)[:, None] + col[None, :], acc, mask=stored[:, None])
     tl.store(sums + (base + row) * 2, den, mask=stored)
@@ -189,7 +200,8 @@ def ring_kernel(
         for group in range(1, parts, CHUNK):
             share = group + tl.arange(0, CHUNK)
             address = partial + (first * EP + share * (R * EP))[:, None] + flat[None, :]
-            total += tl.sum(tl.load(address, mask=(share < parts)[:, None], other=0.0, cache_modifier=".cg"), 0)
+            asked = (share < parts)[:, None] & (flat < T * GROUPS * EP)[None, :]
+            total += tl.sum(tl.load(address, mask=asked, other=0.0, cache_modifier=".cg"), 0)
         near = tl.load(partial + first * EP + flat, cache_modifier=".cg")
         lane = tl.arange(0, R)
         share = tl.arange(0, PARTS)

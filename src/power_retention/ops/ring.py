@@ -370,7 +370,30 @@ def _in_slots(
 def _read_piece(q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None, ring: RingState) -> Tensor:
     _make_room(ring, q.shape[1])
     _append(ring, k, v, log_g)
-    return _answer(ring, q)
+    cursor = _common_cursor(ring)
+    if cursor is not None:
+        return _answer(ring, q, *_window(ring, *cursor), last=None)
+    order = torch.arange(q.shape[1], device=q.device)
+    last = ring.fill.unsqueeze(-1) - q.shape[1] + order  # [slots, H, T]
+    return _answer(ring, q, *_oldest(ring, ring.fill, ring.capacity), last=last)
+
+
+def _common_cursor(ring: RingState) -> tuple[int, int] | None:
+    """(place of the oldest token, tokens in the ring) where all slots agree and asking costs nothing."""
+    if ring.cursor.device.type != "cpu" or ring.cursor.numel() == 0:
+        return None
+    start, fill = ring.cursor[0, 0].tolist()
+    return (start, fill) if bool((ring.cursor == ring.cursor[0, 0]).all()) else None
+
+
+def _window(ring: RingState, start: int, fill: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys, values and gates (these in float64) of a ring whose slots agree, oldest first."""
+    dtype, over = ring.normalizer.dtype, start + fill - ring.capacity
+    parts = (x[:, :, start : start + fill] for x in (ring.keys, ring.values, ring.gates))
+    if over > 0:
+        parts = (torch.cat((x[:, :, start:], x[:, :, :over]), 2) for x in (ring.keys, ring.values, ring.gates))
+    keys, values, gates = parts
+    return keys.to(dtype), values.to(dtype), gates.double()
 
 
 def _read_prompt(
@@ -423,14 +446,19 @@ def _fold(ring: RingState, count: Tensor, most: int) -> None:
 
 
 def _append(ring: RingState, k: Tensor, v: Tensor, log_g: Tensor | None) -> None:
-    place = torch.arange(k.shape[1], device=k.device) + ring.cursor.sum(-1, keepdim=True)  # [slots, H, T]
-    place = (place % ring.capacity).long()
-    for stored, new in ((ring.keys, k), (ring.values, v)):
-        new = new.transpose(1, 2).to(stored.dtype)
-        stored.scatter_(2, place.unsqueeze(-1).expand(new.shape), new)
-    gates = ring.gates.new_zeros(place.shape) if log_g is None else log_g.transpose(1, 2).to(ring.gates.dtype)
-    ring.gates.scatter_(2, place, gates.clamp(min=FORGET))
-    ring.cursor[..., 1] += k.shape[1]
+    tokens, cursor = k.shape[1], _common_cursor(ring)
+    log_g = k.new_zeros(k.shape[:3], dtype=ring.gates.dtype) if log_g is None else log_g.clamp(min=FORGET)
+    if tokens == 1 and cursor is not None:
+        place = sum(cursor) % ring.capacity
+        ring.keys[:, :, place], ring.values[:, :, place], ring.gates[:, :, place] = k[:, 0], v[:, 0], log_g[:, 0]
+    else:
+        places = torch.arange(tokens, device=k.device) + ring.cursor.sum(-1, keepdim=True)  # [slots, H, T]
+        places = (places % ring.capacity).long()
+        for stored, new in ((ring.keys, k), (ring.values, v)):
+            new = new.transpose(1, 2).to(stored.dtype)
+            stored.scatter_(2, places.unsqueeze(-1).expand(new.shape), new)
+        ring.gates.scatter_(2, places, log_g.transpose(1, 2).to(ring.gates.dtype))
+    ring.cursor[..., 1] += tokens
 
 
 def _oldest(ring: RingState, count: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -454,28 +482,37 @@ def _sum_after(gates: Tensor) -> Tensor:
     return later.flip(-1).cumsum(-1).flip(-1)
 
 
-def _answer(ring: RingState, q: Tensor) -> Tensor:
-    """y ``[slots, T, Hq, e]`` of the last T tokens in the ring."""
-    (slots, tokens), heads, dtype, p = q.shape[:2], ring.keys.shape[1], ring.normalizer.dtype, ring.p
-    keys, values, gates = _oldest(ring, ring.fill, ring.capacity)
-    place = torch.arange(ring.capacity, device=q.device)
-    own = ring.fill.unsqueeze(-1) - tokens + torch.arange(tokens, device=q.device)  # [slots, H, T]
-    past = place <= own.unsqueeze(-1)  # [slots, H, T, C]
-    after = _sum_after(gates)
-    after_own = after.gather(-1, own.long())
-    log_decay = (after.unsqueeze(-2) - after_own.unsqueeze(-1)).masked_fill(~past, -torch.inf)
-    decay_within = log_decay.exp().to(dtype).flatten(0, 1)  # [N, T, C]
-    decay = (gates.sum(-1, keepdim=True) - after_own).exp().to(dtype).flatten(0, 1)  # [N, T]
+def _answer(ring: RingState, q: Tensor, keys: Tensor, values: Tensor, gates: Tensor, last: Tensor | None) -> Tensor:
+    """y ``[slots, T, Hq, e]``.
 
+    Args:
+        keys, values, gates: n tokens of the ring, oldest first, the T new ones among them.
+        last: ``[slots, H, T]``, which those are; None where they are the last T of the n.
+    """
+    (slots, tokens), heads, dtype, p = q.shape[:2], ring.keys.shape[1], ring.normalizer.dtype, ring.p
+    within, before = (decay.to(dtype).flatten(0, 1) for decay in _decays(gates, last, tokens))  # [N, T, n], [N, T]
     queries, _ = scaled_queries(q, heads, dtype)  # [N, r·T, d]
     groups = queries.shape[1] // tokens
-    keys, values = keys.flatten(0, 1), values.flatten(0, 1)
-    values = torch.cat((values, values.new_ones(*values.shape[:-1], 1)), -1)
-    weights = integer_power(queries @ keys.mT, p) * decay_within.repeat(1, groups, 1)
+    if tokens > 1:
+        within, before = within.repeat(1, groups, 1), before.repeat(1, groups)
+    weights = integer_power(queries @ keys.flatten(0, 1).mT, p) * within
     memory, normalizer = ring.memory.flatten(0, 1), ring.normalizer.flatten(0, 1)
     phi = expand(queries, p) * multiplicity(queries.shape[-1], p, queries)
-    read = torch.cat((phi @ memory.to(dtype), phi @ normalizer.unsqueeze(-1)), -1)
-    decay = decay.repeat(1, groups)
-    out = weights @ values + read * decay.unsqueeze(-1)
-    y = ratio(out, state_noise(queries, normalizer, p) * decay)
+    num = weights @ values.flatten(0, 1) + (phi @ memory.to(dtype)) * before.unsqueeze(-1)
+    den = weights.sum(-1) + (phi @ normalizer.unsqueeze(-1)).squeeze(-1) * before
+    y = ratio(torch.cat((num, den.unsqueeze(-1)), -1), state_noise(queries, normalizer, p) * before)
     return from_heads(y, slots, tokens).to(q.dtype)
+
+
+def _decays(gates: Tensor, last: Tensor | None, tokens: int) -> tuple[Tensor, Tensor]:
+    """exp(G_i − G_j) of T new tokens and n in the ring ``[slots, H, T, n]``, 0 for later ones; exp(G_i) ``[slots, H, T]``."""
+    after, total = _sum_after(gates), gates.sum(-1, keepdim=True)
+    if last is None and tokens == 1:
+        return after.exp().unsqueeze(-2), total.exp()
+    count = gates.shape[-1]
+    if last is None:
+        last = torch.arange(count - tokens, count, device=gates.device).expand(*gates.shape[:2], tokens)
+    after_own = after.gather(-1, last.long())
+    future = torch.arange(count, device=gates.device) > last.unsqueeze(-1)
+    within = (after.unsqueeze(-2) - after_own.unsqueeze(-1)).masked_fill(future, -torch.inf).exp()
+    return within, (total - after_own).exp()

@@ -238,6 +238,7 @@ class TestTheWholePath:
         options = ("--state", state, "--save-state", tmp_path / "later.state", "--prefill-chunk-size", "2")
         answer = here("generate", path.retrained, more, *greedy, *options)
         assert answer.code == 0, answer.err
+        assert "Reading: " in answer.err
         assert answer.json["text"].split() == wanted.split()
         assert answer.json["state"]["tokens_seen"] > seen + 16
         self.look_at_states(tmp_path, seen, here)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -144,6 +144,7 @@ class RingCase:
     state_dtype: torch.dtype = torch.float32
     strongest: float | None = -1.0
     taken_back: int = 0
+    pages: bool = False
 
 
 RING_CASES = {
@@ -154,11 +155,21 @@ RING_CASES = {
     "gates that forget everything": RingCase(strongest=-300.0),
     "several tokens at once, taken back": RingCase(heads=(3, 1), pieces=(3, 1, 4, 2, 4, 4, 1), taken_back=2),
     "odd fold": RingCase(fold_size=5, pieces=(1,) * 17),
+    "slots that are pages of a larger memory": RingCase(pages=True),
     "long ring": RingCase(fold_size=16, pieces=(8, 8, 8, 8, 8, 1)),
     "float16": RingCase(dtype=torch.float16),
     "bfloat16": RingCase(heads=(8, 1), dtype=torch.bfloat16),
     "bfloat16 states": RingCase(heads=(4, 2), dtype=torch.bfloat16, state_dtype=torch.bfloat16),
 }
+
+
+PAGED = ("memory", "normalizer", "keys", "values", "gates")
+
+
+def paged(x: Tensor) -> Tensor:
+    """The same, with something of somebody else's between one slot and the next."""
+    width = x[0].numel()
+    return torch.full((len(x), width + 24), torch.nan).to(x)[:, :width].zero_().unflatten(1, x.shape[1:])
 
 
 def ring_failures(case: RingCase, device: str) -> list[str]:
@@ -168,8 +179,10 @@ def ring_failures(case: RingCase, device: str) -> list[str]:
     ring = RingState.empty(
         5, heads, d, e, fold_size=case.fold_size, dtype=case.dtype, state_dtype=case.state_dtype, device=device
     )
-    for tensor in (ring.memory, ring.normalizer, ring.keys, ring.values, ring.gates):
-        tensor[[0, 2, 4]] = torch.nan
+    if case.pages:
+        ring = replace(ring, **{name: paged(getattr(ring, name)) for name in PAGED})
+    for name in PAGED:
+        getattr(ring, name)[[0, 2, 4]] = torch.nan
     os.environ["POWER_RETENTION_BACKEND"] = "triton"
     read: list[list[Tensor]] = [[] for _ in range(4)]
     wrong, end = [], 0

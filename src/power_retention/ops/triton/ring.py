@@ -59,9 +59,9 @@ def ring_kernel(
     q, k, v, log_g, slot_indices, memory, normalizer, keys, values, gates, cursor, arrived, partial, sums, y,
     heads, splits, memory_stride, normalizer_stride, keys_stride, values_stride, gates_stride,
     HAS_GATES: tl.constexpr, HAS_SLOTS: tl.constexpr, FORGET: tl.constexpr, NOISE: tl.constexpr, T: tl.constexpr,
-    GROUPS: tl.constexpr, M: tl.constexpr, R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr,
-    EP: tl.constexpr, L: tl.constexpr, LP: tl.constexpr, CP: tl.constexpr, BR: tl.constexpr, CHUNK: tl.constexpr,
-    PARTS: tl.constexpr, CT: tl.constexpr, ST: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
+    TP: tl.constexpr, GROUPS: tl.constexpr, M: tl.constexpr, R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    E: tl.constexpr, EP: tl.constexpr, L: tl.constexpr, LP: tl.constexpr, CP: tl.constexpr, BR: tl.constexpr,
+    CHUNK: tl.constexpr, PARTS: tl.constexpr, CT: tl.constexpr, ST: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """y [B, T, heads·GROUPS, E] of new tokens q, k [B, T, heads, D], v, log_g of sequences in ``slot_indices`` [B]."""
     ROWS: tl.constexpr = D * (D + 1) // 2
@@ -107,7 +107,8 @@ def ring_kernel(
     scaled = raw.to(tl.float32) * scale[:, None]
     base = (n * parts + part) * R
     if part == 0:
-        # Attention to what the ring keeps and to the new tokens; its share carries the state's decay along.
+        # Attention to what the ring keeps and to the new tokens; its share carries the state's decay along.  Everything is
+        # fetched before anything is waited for.
         j = tl.arange(0, CP)
         at = (kept_start + j) % C
         t = j - kept
@@ -119,19 +120,19 @@ def ring_kernel(
             gate += tl.maximum(tl.load(new_g + t * heads, mask=new, other=0.0).to(tl.float32), FORGET)
             later = (t >= -1) & (t < T - 1)
             next_gate += tl.maximum(tl.load(new_g + (t + 1) * heads, mask=later, other=0.0).to(tl.float32), FORGET)
+        inside = (full < D)[None, :]
+        old_key = tl.load(ring_k + (at * D)[:, None] + full[None, :], mask=old[:, None] & inside, other=0.0)
+        new_key = tl.load(new_k + (t * heads * D)[:, None] + full[None, :], mask=new[:, None] & inside, other=0.0)
+        inside = (col < E)[None, :]
+        old_value = tl.load(ring_v + (at * E)[:, None] + col[None, :], mask=old[:, None] & inside, other=0.0)
+        new_value = tl.load(new_v + (t * heads * E)[:, None] + col[None, :], mask=new[:, None] & inside, other=0.0)
+        score = tl.dot(scaled.to(CT), tl.trans(old_key.to(CT) + new_key.to(CT)), input_precision=PREC)
         after = reverse_sum(next_gate)
         own = kept + row // GROUPS
         after_own = tl.sum(tl.where(j[None, :] == own[:, None], after[None, :], 0.0), 1)
-        inside = (full < D)[None, :]
-        key = tl.load(ring_k + (at * D)[:, None] + full[None, :], mask=old[:, None] & inside, other=0.0).to(CT)
-        key += tl.load(new_k + (t * heads * D)[:, None] + full[None, :], mask=new[:, None] & inside, other=0.0).to(CT)
-        score = tl.dot(scaled.to(CT), tl.trans(key), input_precision=PREC)
         decay = tl.exp(tl.minimum(after[None, :] - after_own[:, None], 0.0))
         weight = tl.where(j[None, :] <= own[:, None], score * score * decay, 0.0)
-        inside = (col < E)[None, :]
-        value = tl.load(ring_v + (at * E)[:, None] + col[None, :], mask=old[:, None] & inside, other=0.0).to(CT)
-        value += tl.load(new_v + (t * heads * E)[:, None] + col[None, :], mask=new[:, None] & inside, other=0.0).to(CT)
-        acc = tl.dot(weight.to(CT), value, input_precision=PREC)
+        acc = tl.dot(weight.to(CT), old_value.to(CT) + new_value.to(CT), input_precision=PREC)
         den = tl.sum(weight, 1)
         other = tl.exp(tl.sum(gate, 0) - after_own)
     else:
@@ -196,34 +197,40 @@ def ring_kernel(
         tl.atomic_xchg(arrived + here, 0)
         flat = tl.arange(0, R * EP)
         first = n * parts * R
-        total = tl.zeros([R * EP], tl.float32)
-        for group in range(1, parts, CHUNK):
-            share = group + tl.arange(0, CHUNK)
-            address = partial + (first * EP + share * (R * EP))[:, None] + flat[None, :]
-            asked = (share < parts)[:, None] & (flat < T * GROUPS * EP)[None, :]
-            total += tl.sum(tl.load(address, mask=asked, other=0.0, cache_modifier=".cg"), 0)
-        near = tl.load(partial + first * EP + flat, cache_modifier=".cg")
         lane = tl.arange(0, R)
         share = tl.arange(0, PARTS)
         address = sums + (first + share[:, None] * R + lane[None, :]) * 2
         of_state = ((share > 0) & (share < parts))[:, None]
         decay = tl.load(sums + (first + lane) * 2 + 1, cache_modifier=".cg")
-        below = tl.sum(tl.load(address, mask=of_state, other=0.0, cache_modifier=".cg"), 0) * decay
-        below += tl.load(sums + (first + lane) * 2, cache_modifier=".cg")
-        noise = tl.sum(tl.load(address + 1, mask=of_state, other=0.0, cache_modifier=".cg"), 0) * decay
+        below = tl.load(sums + (first + lane) * 2, cache_modifier=".cg")
+        below_state = tl.load(address, mask=of_state, other=0.0, cache_modifier=".cg")
+        noises = tl.load(address + 1, mask=of_state, other=0.0, cache_modifier=".cg")
+        near = tl.load(partial + first * EP + flat, cache_modifier=".cg")
+        t = tl.arange(0, TP)[:, None]
+        key_mask = (t < T) & (full < D)[None, :]
+        value_mask = (t < T) & (col < E)[None, :]
+        key = tl.load(new_k + t * heads * D + full[None, :], mask=key_mask)
+        value = tl.load(new_v + t * heads * E + col[None, :], mask=value_mask)
+        gate = tl.zeros([TP, 1], tl.float32)
+        if HAS_GATES:
+            gate = tl.maximum(tl.load(new_g + t * heads, mask=t < T, other=0.0).to(tl.float32), FORGET)
+        total = tl.zeros([R * EP], tl.float32)
+        for group in range(1, parts, CHUNK):
+            some = group + tl.arange(0, CHUNK)
+            pieces = partial + (first * EP + some * (R * EP))[:, None] + flat[None, :]
+            asked = (some < parts)[:, None] & (flat < T * GROUPS * EP)[None, :]
+            total += tl.sum(tl.load(pieces, mask=asked, other=0.0, cache_modifier=".cg"), 0)
+        below += tl.sum(below_state, 0) * decay
+        noise = tl.sum(noises, 0) * decay
         inverse, _ = regular_inverse(below, tl.maximum(noise, 0.0))
         answer = (tl.reshape(total, (R, EP)) * decay[:, None] + tl.reshape(near, (R, EP))) * inverse[:, None]
         lane_row = (lane // GROUPS) * (heads * GROUPS) + lane % GROUPS
         mask = (lane < T * GROUPS)[:, None] & (col < E)[None, :]
         tl.store(out + (lane_row * E)[:, None] + col[None, :], answer.to(y.dtype.element_ty), mask=mask)
 
-        for t in tl.static_range(T):
-            at = (kept_start + kept + t) % C
-            tl.store(ring_k + at * D + full, tl.load(new_k + t * heads * D + full, mask=full < D), mask=full < D)
-            tl.store(ring_v + at * E + col, tl.load(new_v + t * heads * E + col, mask=col < E), mask=col < E)
-            gate = 0.0
-            if HAS_GATES:
-                gate = tl.maximum(tl.load(new_g + t * heads).to(tl.float32), FORGET)
-            tl.store(ring_g + at, gate)
+        at = (kept_start + kept + t) % C
+        tl.store(ring_k + at * D + full[None, :], key, mask=key_mask)
+        tl.store(ring_v + at * E + col[None, :], value, mask=value_mask)
+        tl.store(ring_g + at, gate, mask=t < T)
         tl.store(cursor + here * 2, kept_start)
         tl.store(cursor + here * 2 + 1, kept + T)

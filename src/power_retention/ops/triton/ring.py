@@ -45,13 +45,20 @@ def pair(tile, D: tl.constexpr, BR: tl.constexpr):
 
 @triton.jit
 def product_of_pairs(
-    query, row, r, a, b, there, scale, D: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, heads
-):
-    """φ of the queries with its multiplicity, rows ``r`` of the state: float32 ``[M, len(r)]``."""
-    valid = there[:, None] & (r < ROWS)[None, :]
-    left = rows_of(query, row, a, scale, valid, D, GROUPS, heads)
-    right = rows_of(query, row, b, scale, valid, D, GROUPS, heads)
-    return left * right * tl.where(r < D, 1.0, 2.0)[None, :]
+    query, scaled, scale, row, r, a, b, there, heads,
+    D: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, M: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """φ of the queries with its multiplicity, rows ``r`` of the state: float32 ``[M, BR]``.
+
+    The rotated factor is gathered from registers: a load, even one that hits the L1 cache, may queue behind the tiles in
+    flight.
+    """
+    if D % BR == 0:
+        left = rows_of(query, row, a, scale, there[:, None], D, GROUPS, heads)
+    else:
+        left = tl.gather(scaled, tl.broadcast_to(a[None, :], [M, BR]), 1)
+    phi = left * tl.gather(scaled, tl.broadcast_to(b[None, :], [M, BR]), 1)
+    return phi * tl.where(r < D, 1.0, tl.where(r < ROWS, 2.0, 0.0))[None, :]
 
 
 @triton.jit
@@ -165,7 +172,7 @@ def ring_kernel(
                 tl.store(address, s, mask=mask)
                 z = tl.load(norm + r, mask=r < ROWS, other=0.0) * decay + tl.sum(phi, 1)
                 tl.store(norm + r, z, mask=r < ROWS)
-                phi = product_of_pairs(query, row, r, a, b, there, scale, D, GROUPS, ROWS, heads)
+                phi = product_of_pairs(query, scaled, scale, row, r, a, b, there, heads, D, GROUPS, ROWS, M, BR)
                 acc = tl.dot(phi.to(ST), s.to(ST), acc, input_precision=PREC)
                 dens += phi * z[None, :]
             tl.debug_barrier()  # what other threads of this program wrote of the normaliser is read below
@@ -180,7 +187,7 @@ def ring_kernel(
                     mask = (r < ROWS)[:, None] & (col < E)[None, :]
                     s = tl.load(address, mask=mask, other=0.0, eviction_policy="evict_first")
                     z = tl.load(norm + r, mask=r < ROWS, other=0.0)
-                phi = product_of_pairs(query, row, r, a, b, there, scale, D, GROUPS, ROWS, heads)
+                phi = product_of_pairs(query, scaled, scale, row, r, a, b, there, heads, D, GROUPS, ROWS, M, BR)
                 acc = tl.dot(phi.to(ST), s.to(ST), acc, input_precision=PREC)
                 dens += phi * z[None, :]
         den = tl.sum(dens, 1)

@@ -151,7 +151,7 @@ class TritonBackend:
                 partial, sums, y, heads, splits, ring.memory.stride(0), ring.normalizer.stride(0), ring.keys.stride(0),
                 ring.values.stride(0), ring.gates.stride(0),
                 HAS_GATES=log_g is not None, HAS_SLOTS=slot_indices is not None, FORGET=_FORGET, NOISE=_NOISE, T=tokens,
-                TP=1 << (tokens - 1).bit_length(), GROUPS=groups, M=max(16, rows), R=rows, D=d,
+                TP=1 << (tokens - 1).bit_length(), GROUPS=groups, M=max(16, rows), N=max(8, rows), R=rows, D=d,
                 DP=max(16, 1 << (d - 1).bit_length()), E=e, EP=wide,
                 L=ring.fold_size, LP=max(16, 1 << (ring.fold_size - 1).bit_length()),
                 CP=max(16, 1 << (ring.capacity - 1).bit_length()), BR=shape.rows,

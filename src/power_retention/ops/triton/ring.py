@@ -1,10 +1,10 @@
 """Decoding through a ring in one launch: states are only read, but for the sequences whose oldest tokens are due to be folded.
 
-Legend: T new tokens of a sequence, GROUPS query heads that share a key/value head, M ≥ T·GROUPS rows of a product's operand
-and R of them stored, D and E widths and DP and EP these padded to powers of two, L tokens folded at a time, C = 2L places in
-the ring.  A head of a sequence is worked on by 1 + splits programs: the first attends to the ring, each other one reads its
-share of the state in tiles of BR rows.  The last to finish adds up what all left in ``partial`` and ``sums``, and only then are
-the new tokens stored: until then somebody may still read the places they take.
+Legend: T new tokens of a sequence, GROUPS query heads that share a key/value head; of their T·GROUPS rows M are padded to in
+products with keys, N in products with the state and R in what is stored; D and E widths and DP and EP these padded to powers of
+two, L tokens folded at a time, C = 2L places in the ring.  A head of a sequence is worked on by 1 + splits programs: the first
+attends to the ring, each other one reads its share of the state in tiles of BR rows.  The last to finish adds up what all left in
+``partial`` and ``sums``, and only then are the new tokens stored: until then somebody may still read the places they take.
 """
 
 from __future__ import annotations
@@ -21,6 +21,15 @@ def rows_of(query, row, a, scale, valid, D: tl.constexpr, GROUPS: tl.constexpr, 
     place = (row // GROUPS) * (heads * GROUPS) + row % GROUPS
     x = tl.load(query + (place * D)[:, None] + a[None, :], mask=valid, other=0.0)
     return x.to(tl.float32) * scale[:, None]
+
+
+@triton.jit
+def load_queries(query, row, there, full, heads, D: tl.constexpr, GROUPS: tl.constexpr):
+    """(queries in units of their scales, scales): float32 ``[len(row), len(full)]``, ``[len(row)]``."""
+    place = (row // GROUPS) * (heads * GROUPS) + row % GROUPS
+    raw = tl.load(query + (place * D)[:, None] + full[None, :], mask=there[:, None] & (full < D)[None, :], other=0.0)
+    scale = power_of_two_scale(raw)
+    return raw.to(tl.float32) * scale[:, None], scale
 
 
 @triton.jit
@@ -66,7 +75,7 @@ def ring_kernel(
     q, k, v, log_g, slot_indices, memory, normalizer, keys, values, gates, cursor, arrived, partial, sums, y,
     heads, splits, memory_stride, normalizer_stride, keys_stride, values_stride, gates_stride,
     HAS_GATES: tl.constexpr, HAS_SLOTS: tl.constexpr, FORGET: tl.constexpr, NOISE: tl.constexpr, T: tl.constexpr,
-    TP: tl.constexpr, GROUPS: tl.constexpr, M: tl.constexpr, R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    TP: tl.constexpr, GROUPS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     E: tl.constexpr, EP: tl.constexpr, L: tl.constexpr, LP: tl.constexpr, CP: tl.constexpr, BR: tl.constexpr,
     CHUNK: tl.constexpr, PARTS: tl.constexpr, CT: tl.constexpr, ST: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -108,14 +117,11 @@ def ring_kernel(
     new_g = log_g + batch * T * heads + head
 
     full = tl.arange(0, DP)
-    place = (row // GROUPS) * (heads * GROUPS) + row % GROUPS
-    raw = tl.load(query + (place * D)[:, None] + full[None, :], mask=there[:, None] & (full < D)[None, :], other=0.0)
-    scale = power_of_two_scale(raw)
-    scaled = raw.to(tl.float32) * scale[:, None]
     base = (n * parts + part) * R
     if part == 0:
         # Attention to what the ring keeps and to the new tokens; its share carries the state's decay along.  Everything is
         # fetched before anything is waited for.
+        asked, _ = load_queries(query, row, there, full, heads, D, GROUPS)
         j = tl.arange(0, CP)
         at = (kept_start + j) % C
         t = j - kept
@@ -133,20 +139,26 @@ def ring_kernel(
         inside = (col < E)[None, :]
         old_value = tl.load(ring_v + (at * E)[:, None] + col[None, :], mask=old[:, None] & inside, other=0.0)
         new_value = tl.load(new_v + (t * heads * E)[:, None] + col[None, :], mask=new[:, None] & inside, other=0.0)
-        score = tl.dot(scaled.to(CT), tl.trans(old_key.to(CT) + new_key.to(CT)), input_precision=PREC)
+        score = tl.dot(asked.to(CT), tl.trans(old_key.to(CT) + new_key.to(CT)), input_precision=PREC)
         after = reverse_sum(next_gate)
         own = kept + row // GROUPS
         after_own = tl.sum(tl.where(j[None, :] == own[:, None], after[None, :], 0.0), 1)
         decay = tl.exp(tl.minimum(after[None, :] - after_own[:, None], 0.0))
         weight = tl.where(j[None, :] <= own[:, None], score * score * decay, 0.0)
-        acc = tl.dot(weight.to(CT), old_value.to(CT) + new_value.to(CT), input_precision=PREC)
-        den = tl.sum(weight, 1)
-        other = tl.exp(tl.sum(gate, 0) - after_own)
+        near = tl.dot(weight.to(CT), old_value.to(CT) + new_value.to(CT), input_precision=PREC)
+        kept_rows = row < R
+        tl.store(partial + ((base + row) * EP)[:, None] + col[None, :], near, mask=kept_rows[:, None])
+        tl.store(sums + (base + row) * 2, tl.sum(weight, 1), mask=kept_rows)
+        tl.store(sums + (base + row) * 2 + 1, tl.exp(tl.sum(gate, 0) - after_own), mask=kept_rows)
     else:
+        # The tile's columns are the rows of the product, and the queries its columns: eight of them are no waste.
+        line = tl.arange(0, N)
+        asks = line < T * GROUPS
+        scaled, scale = load_queries(query, line, asks, full, heads, D, GROUPS)
         state = memory + slot * memory_stride + head * (ROWS * E)
         norm = normalizer + slot * normalizer_stride + head * ROWS
-        acc = tl.zeros([M, EP], tl.float32)
-        dens = tl.zeros([M, BR], tl.float32)
+        acc = tl.zeros([EP, N], tl.float32)
+        dens = tl.zeros([N, BR], tl.float32)
         begin = (part - 1) * TILES // splits
         end = part * TILES // splits
         if folds:
@@ -172,32 +184,30 @@ def ring_kernel(
                 tl.store(address, s, mask=mask)
                 z = tl.load(norm + r, mask=r < ROWS, other=0.0) * decay + tl.sum(phi, 1)
                 tl.store(norm + r, z, mask=r < ROWS)
-                phi = product_of_pairs(query, scaled, scale, row, r, a, b, there, heads, D, GROUPS, ROWS, M, BR)
-                acc = tl.dot(phi.to(ST), s.to(ST), acc, input_precision=PREC)
+                phi = product_of_pairs(query, scaled, scale, line, r, a, b, asks, heads, D, GROUPS, ROWS, N, BR)
+                acc = tl.dot(tl.trans(s.to(ST)), tl.trans(phi.to(ST)), acc, input_precision=PREC)
                 dens += phi * z[None, :]
             tl.debug_barrier()  # what other threads of this program wrote of the normaliser is read below
         else:
             for tile in tl.range(begin, end, num_stages=STAGES):
                 r, a, b = pair(tile, D, BR)
-                address = state + r[:, None] * E + col[None, :]
+                address = state + r[None, :] * E + col[:, None]
                 if ROWS % BR == 0 and E == EP:
                     s = tl.load(address, eviction_policy="evict_first")
                     z = tl.load(norm + r)
                 else:
-                    mask = (r < ROWS)[:, None] & (col < E)[None, :]
+                    mask = (r < ROWS)[None, :] & (col < E)[:, None]
                     s = tl.load(address, mask=mask, other=0.0, eviction_policy="evict_first")
                     z = tl.load(norm + r, mask=r < ROWS, other=0.0)
-                phi = product_of_pairs(query, scaled, scale, row, r, a, b, there, heads, D, GROUPS, ROWS, M, BR)
-                acc = tl.dot(phi.to(ST), s.to(ST), acc, input_precision=PREC)
+                phi = product_of_pairs(query, scaled, scale, line, r, a, b, asks, heads, D, GROUPS, ROWS, N, BR)
+                acc = tl.dot(s.to(ST), tl.trans(phi.to(ST)), acc, input_precision=PREC)
                 dens += phi * z[None, :]
-        den = tl.sum(dens, 1)
         mine = (full >= begin * BR) & (full < end * BR) & (full < D)
         trace = tl.sum(tl.load(norm + full, mask=mine, other=0.0), 0)
-        other = NOISE * trace * tl.sum(scaled * scaled, 1)
-    stored = row < R
-    tl.store(partial + ((base + row) * EP)[:, None] + col[None, :], acc, mask=stored[:, None])
-    tl.store(sums + (base + row) * 2, den, mask=stored)
-    tl.store(sums + (base + row) * 2 + 1, other, mask=stored)
+        stored = line < R
+        tl.store(partial + ((base + line) * EP)[None, :] + col[:, None], acc, mask=stored[None, :])
+        tl.store(sums + (base + line) * 2, tl.sum(dens, 1), mask=stored)
+        tl.store(sums + (base + line) * 2 + 1, NOISE * trace * tl.sum(scaled * scaled, 1), mask=stored)
 
     tl.debug_barrier()
     if tl.atomic_add(arrived + here, 1, sem="acq_rel") == splits:

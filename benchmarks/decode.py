@@ -36,8 +36,8 @@ TOLERANCE = 1e-2
 LARGEST_CACHE = 60e9
 
 CANDIDATES = [
-    DecodeShape(rows=64, resident=3, warps=4, stages=4, registers=168),
     DecodeShape(rows=128, resident=2, warps=4, stages=3),
+    DecodeShape(rows=64, resident=2, warps=4, stages=4),
     DecodeShape(rows=64, resident=2, warps=4, stages=6),
     DecodeShape(rows=32, resident=4, warps=4, stages=6, registers=128),
     DecodeShape(rows=32, resident=3, warps=4, stages=8, registers=168),

@@ -158,7 +158,7 @@ class TritonBackend:
                 CHUNK=max(1, min(1 << (splits - 1).bit_length(), 2048 * shape.warps // (rows * wide))),
                 PARTS=1 << (parts - 1).bit_length(),
                 ST=precision["CT"] if narrow else import_module("triton.language").float32, STAGES=shape.stages,
-                **precision, num_warps=shape.warps, **({"maxnreg": shape.registers} if shape.registers else {}),
+                **precision, num_warps=shape.warps, **({"maxnreg": shape.registers} if shape.registers and torch.version.cuda else {}),
             )  # fmt: skip
         return y
 

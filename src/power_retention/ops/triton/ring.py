@@ -3,8 +3,8 @@
 Legend: T new tokens of a sequence, GROUPS query heads that share a key/value head; of their T·GROUPS rows M are padded to in
 products with keys, N in products with the state and R in what is stored; D and E widths and DP and EP these padded to powers of
 two, L tokens folded at a time, C = 2L places in the ring.  A head of a sequence is worked on by 1 + splits programs: the first
-attends to the ring, each other one reads its share of the state in tiles of BR rows.  The last to finish adds up what all left in
-``partial`` and ``sums``, and only then are the new tokens stored: until then somebody may still read the places they take.
+attends to the ring, each other one reads its share of the state in tiles of BR rows.  The last to finish adds up what all left
+in ``partial`` and ``sums``, and only then are the new tokens stored: until then somebody may still read the places they take.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ def ring_kernel(
     q, k, v, log_g, slot_indices, memory, normalizer, keys, values, gates, cursor, arrived, partial, sums, y,
     heads, splits, memory_stride, normalizer_stride, keys_stride, values_stride, gates_stride,
     HAS_GATES: tl.constexpr, HAS_SLOTS: tl.constexpr, FORGET: tl.constexpr, NOISE: tl.constexpr, T: tl.constexpr,
-    TP: tl.constexpr, GROUPS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    E: tl.constexpr, EP: tl.constexpr, L: tl.constexpr, LP: tl.constexpr, CP: tl.constexpr, BR: tl.constexpr,
+    TP: tl.constexpr, GROUPS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
+    DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, L: tl.constexpr, LP: tl.constexpr, CP: tl.constexpr, BR: tl.constexpr,
     CHUNK: tl.constexpr, PARTS: tl.constexpr, CT: tl.constexpr, ST: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """y [B, T, heads·GROUPS, E] of new tokens q, k [B, T, heads, D], v, log_g of sequences in ``slot_indices`` [B]."""

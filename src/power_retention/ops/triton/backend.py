@@ -125,42 +125,55 @@ class TritonBackend:
             q, k, v, log_g, ring, slot_indices: as in :func:`power_retention.ops.power_retention_decode`.
             shape: launch shape, chosen unless given.
         """
-        (batch, tokens, heads, d), e, groups = k.shape, v.shape[-1], q.shape[2] // k.shape[2]
-        rows = 1 << (tokens * groups - 1).bit_length()
-        contiguous = all(
-            x[0].is_contiguous() for x in (ring.memory, ring.normalizer, ring.keys, ring.values, ring.gates)
-        )
-        contiguous = contiguous and ring.cursor.is_contiguous() and ring.arrived.is_contiguous()
+        (_, tokens, heads, d), e, groups = k.shape, v.shape[-1], q.shape[2] // k.shape[2]
+        stored = (ring.memory, ring.normalizer, ring.keys, ring.values, ring.gates)
+        contiguous = all(x[0].is_contiguous() for x in stored) and ring.cursor.is_contiguous()
         if q.device.type not in self.devices or torch.float64 in (q.dtype, ring.memory.dtype) or not contiguous:
             return None
-        if ring.p != 2 or max(d, e) > WIDTHS[-1] or rows > 64 or ring.capacity > 256:
+        if ring.p != 2 or max(d, e) > WIDTHS[-1] or _power_of_two(tokens * groups) > 64 or ring.capacity > 256:
             return None
-        shape = shape or decode_shape(d, e, ring.memory.itemsize)
-        splits = shape.splits(batch * heads, state_width(d), _multiprocessors(q.device))
-        parts, wide = splits + 1, max(16, 1 << (e - 1).bit_length())
-        y = torch.empty(batch, tokens, heads * groups, e, dtype=v.dtype, device=q.device)
-        partial = torch.empty(batch * heads * parts * rows * wide, dtype=torch.float32, device=q.device)
-        sums = torch.empty(batch * heads * parts * rows * 2, dtype=torch.float32, device=q.device)
-        precision = operands(q.dtype)
-        narrow = q.dtype == ring.memory.dtype == torch.bfloat16
         with _on(q.device):
-            _kernels("ring").ring_kernel[(batch * heads * parts,)](
-                q.contiguous(), k.contiguous(), v.contiguous(), ring.gates if log_g is None else log_g.contiguous(),
-                ring.cursor if slot_indices is None else slot_indices,
-                ring.memory, ring.normalizer, ring.keys, ring.values, ring.gates, ring.cursor, ring.arrived,
-                partial, sums, y, heads, splits, ring.memory.stride(0), ring.normalizer.stride(0), ring.keys.stride(0),
-                ring.values.stride(0), ring.gates.stride(0),
-                HAS_GATES=log_g is not None, HAS_SLOTS=slot_indices is not None, FORGET=_FORGET, NOISE=_NOISE, T=tokens,
-                TP=1 << (tokens - 1).bit_length(), GROUPS=groups, M=max(16, rows), N=max(8, rows), R=rows, D=d,
-                DP=max(16, 1 << (d - 1).bit_length()), E=e, EP=wide,
-                L=ring.fold_size, LP=max(16, 1 << (ring.fold_size - 1).bit_length()),
-                CP=max(16, 1 << (ring.capacity - 1).bit_length()), BR=shape.rows,
-                CHUNK=max(1, min(1 << (splits - 1).bit_length(), 2048 * shape.warps // (rows * wide))),
-                PARTS=1 << (parts - 1).bit_length(),
-                ST=precision["CT"] if narrow else import_module("triton.language").float32, STAGES=shape.stages,
-                **precision, num_warps=shape.warps, **({"maxnreg": shape.registers} if shape.registers and torch.version.cuda else {}),
-            )  # fmt: skip
-        return y
+            return _launch_ring(q, k, v, log_g, ring, slot_indices, shape or decode_shape(d, e, ring.memory.itemsize))
+
+
+def _launch_ring(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_g: Tensor | None,
+    ring: RingState,
+    slot_indices: Tensor | None,
+    shape: DecodeShape,
+) -> Tensor:
+    (batch, tokens, heads, d), e, groups = k.shape, v.shape[-1], q.shape[2] // k.shape[2]
+    splits = shape.splits(batch * heads, state_width(d), _multiprocessors(q.device))
+    parts, rows, wide = splits + 1, _power_of_two(tokens * groups), _power_of_two(e, 16)
+    y = torch.empty(batch, tokens, heads * groups, e, dtype=v.dtype, device=q.device)
+    partial = torch.empty(batch * heads * parts * rows * wide, dtype=torch.float32, device=q.device)
+    sums = torch.empty(batch * heads * parts * rows * 2, dtype=torch.float32, device=q.device)
+    precision = operands(q.dtype)
+    narrow = q.dtype == ring.memory.dtype == torch.bfloat16
+    options = {"maxnreg": shape.registers} if shape.registers and torch.version.cuda else {}
+    _kernels("ring").ring_kernel[(batch * heads * parts,)](
+        q.contiguous(), k.contiguous(), v.contiguous(), ring.gates if log_g is None else log_g.contiguous(),
+        ring.cursor if slot_indices is None else slot_indices,
+        ring.memory, ring.normalizer, ring.keys, ring.values, ring.gates, ring.cursor, ring.arrived, partial, sums, y,
+        heads, splits, ring.memory.stride(0), ring.normalizer.stride(0), ring.keys.stride(0), ring.values.stride(0),
+        ring.gates.stride(0),
+        HAS_GATES=log_g is not None, HAS_SLOTS=slot_indices is not None, FORGET=_FORGET, NOISE=_NOISE,
+        T=tokens, TP=_power_of_two(tokens), GROUPS=groups, M=max(16, rows), N=max(8, rows), R=rows,
+        D=d, DP=_power_of_two(d, 16), E=e, EP=wide,
+        L=ring.fold_size, LP=_power_of_two(ring.fold_size, 16), CP=_power_of_two(ring.capacity, 16), BR=shape.rows,
+        CHUNK=max(1, min(_power_of_two(splits), 2048 * shape.warps // (rows * wide))), PARTS=_power_of_two(parts),
+        ST=precision["CT"] if narrow else import_module("triton.language").float32, STAGES=shape.stages,
+        **precision, num_warps=shape.warps, **options,
+    )  # fmt: skip
+    return y
+
+
+def _power_of_two(size: int, least: int = 1) -> int:
+    """The smallest power of two that is no less than ``size`` and ``least``."""
+    return max(least, 1 << (size - 1).bit_length())
 
 
 @lru_cache

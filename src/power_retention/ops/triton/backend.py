@@ -125,7 +125,7 @@ class TritonBackend:
             q, k, v, log_g, ring, slot_indices: as in :func:`power_retention.ops.power_retention_decode`.
             shape: launch shape, chosen unless given.
         """
-        (_, tokens, heads, d), e, groups = k.shape, v.shape[-1], q.shape[2] // k.shape[2]
+        (_, tokens, _, d), e, groups = k.shape, v.shape[-1], q.shape[2] // k.shape[2]
         stored = (ring.memory, ring.normalizer, ring.keys, ring.values, ring.gates)
         contiguous = all(x[0].is_contiguous() for x in stored) and ring.cursor.is_contiguous()
         if q.device.type not in self.devices or torch.float64 in (q.dtype, ring.memory.dtype) or not contiguous:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from power_retention.conversion.calibrate import calibrate_mixers
     from power_retention.conversion.swap import swap_attention
     from power_retention.models import PowerRetentionCache, PowerRetentionConfig, PowerRetentionForCausalLM
-    from power_retention.ops import PowerState, power_retention, power_retention_step
+    from power_retention.ops import PowerState, RingState, power_retention, power_retention_decode, power_retention_step
 
 __version__ = "0.1.0"
 
@@ -25,8 +25,10 @@ _HOMES = {
     "PowerRetentionConfig": "models",
     "PowerRetentionForCausalLM": "models",
     "PowerState": "ops",
+    "RingState": "ops",
     "calibrate_mixers": "conversion.calibrate",
     "power_retention": "ops",
+    "power_retention_decode": "ops",
     "power_retention_step": "ops",
     "swap_attention": "conversion.swap",
 }
@@ -37,8 +39,10 @@ __all__ = [
     "PowerRetentionError",
     "PowerRetentionForCausalLM",
     "PowerState",
+    "RingState",
     "calibrate_mixers",
     "power_retention",
+    "power_retention_decode",
     "power_retention_step",
     "swap_attention",
 ]

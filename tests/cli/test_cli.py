@@ -205,7 +205,8 @@ class TestTheWholePath:
             assert all(point["tokens_per_second"] > 10 and point["resident_gb"] > 0.05 for point in points)
         teacher, student = ([point["cache_mb"] for point in decode[name]] for name in ("teacher", "student"))
         assert teacher == pytest.approx([5 * 2 * 4 * 8 * 4 * context / 1e6 for context in (128, 512)], rel=0.2)
-        assert student[0] == student[1] == 5 * 4 * 36 * 9 * 4 / 1e6
+        a_head = 36 * 9 + 64 * (8 + 8 + 1) + 3  # the state, the ring of recent tokens and its cursor
+        assert student[0] == student[1] == 5 * 4 * a_head * 4 / 1e6
 
     def test_generate(self, path: WholePath, here: Here) -> None:
         assert path.generate.code == 0, path.generate.err
@@ -220,6 +221,52 @@ class TestTheWholePath:
             for seed in ("1", "1", "2")
         ]
         assert drawn[0] == drawn[1] != drawn[2]
+
+    def test_a_book_read_once(self, path: WholePath, tmp_path: Path, here: Here) -> None:
+        """Read, saved, and gone on from in other processes: the text is that of one long prompt."""
+        book, more = " ".join(["Once upon a time, Tim had a big red ball."] * 5), "One day, Tim"
+        state = tmp_path / "book.state"
+        read = run(
+            "generate", path.retrained, "-", "--max-new-tokens", "0", "--save-state", state, "--json", stdin=book
+        )
+        assert read.code == 0, read.err
+        assert read.json["text"] == ""
+        seen = read.json["state"]["tokens_seen"]
+        assert f"book.state has read {seen} tokens" in " ".join(read.err.split())
+        greedy = ("--max-new-tokens", "16", "--repetition-penalty", "1", "--json")
+        wanted = here("generate", path.retrained, f"{book} {more}", *greedy).json["text"]
+        options = ("--state", state, "--save-state", tmp_path / "later.state", "--prefill-chunk-size", "2")
+        answer = here("generate", path.retrained, more, *greedy, *options)
+        assert answer.code == 0, answer.err
+        assert "Reading: " in answer.err
+        assert answer.json["text"].split() == wanted.split()
+        assert answer.json["state"]["tokens_seen"] > seen + 16
+        self.look_at_states(tmp_path, seen, here)
+
+    def look_at_states(self, folder: Path, seen: int, here: Here) -> None:
+        state = folder / "book.state"
+        described = here("state", "inspect", state, "--verify", "--json").json
+        assert (described["tokens_seen"], described["position"], described["p"]) == (seen, str(seen), 2)
+        assert described["verified"]
+        assert "tokens_seen" in here("state", "inspect", state).out
+        forks = here("state", "fork", state, folder / "a.state", folder / "b.state", "--json").json
+        assert [fork["forked_from"] for fork in forks] == [described["checksum"]] * 2
+        assert "exists already; choose another name" in here.refusal("state", "fork", state, folder / "a.state")
+        (folder / "notes.txt").write_text("no state")
+        listed = here("state", "list", folder, "--json").json
+        assert sorted(Path(one["file"]).name for one in listed) == ["a.state", "b.state", "book.state", "later.state"]
+        assert "4 state files" in here("state", "list", folder).out
+        assert "is not a folder" in here.refusal("state", "list", folder / "notes.txt")
+        assert "is not a state file" in here.refusal("state", "inspect", folder / "notes.txt")
+
+    def test_a_state_of_another_model(self, path: WholePath, tmp_path: Path, here: Here) -> None:
+        options = ("--max-new-tokens", "0", "--save-state", tmp_path / "x.state")
+        assert here("generate", path.converted, "Tim", *options).code == 0
+        refused = here.refusal("generate", path.retrained, "Tim", "--state", tmp_path / "x.state")
+        assert "a state only means something to the model that made it" in refused
+        assert "The prompt is empty" in here.refusal(
+            "generate", path.converted, "", *options, "--state", tmp_path / "x.state"
+        )
 
     def test_a_report_for_people(self, path: WholePath, stories_text: Path, tmp_path: Path, here: Here) -> None:
         options = ("--windows", "1", "--length", "64", "--contexts", "", "--prompt", "", "--out", tmp_path)
@@ -411,7 +458,7 @@ class TestOptions:
         assert message in here.refusal("retrain", path.converted, tmp_path / "out", "--text", stories_text, *option)
         assert not (tmp_path / "out").exists()
 
-    @pytest.mark.parametrize("command", ["convert", "retrain", "evaluate", "generate", "env"])
+    @pytest.mark.parametrize("command", ["convert", "retrain", "evaluate", "generate", "state", "env"])
     def test_help_shows_an_example(self, here: Here, command: str) -> None:
         result = here(command, "--help")
         assert result.code == 0
@@ -419,7 +466,7 @@ class TestOptions:
 
     def test_help_names_the_commands(self, here: Here) -> None:
         result = here("--help")
-        assert all(command in result.out for command in ("convert", "retrain", "evaluate", "generate", "env"))
+        assert all(command in result.out for command in ("convert", "retrain", "evaluate", "generate", "state", "env"))
         assert here("--version").out == "0.1.0\n"
 
 

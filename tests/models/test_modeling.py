@@ -224,15 +224,14 @@ class TestRefusals:
         with pytest.raises(ArgumentError, match="is a DynamicCache"):
             model.generate(tokens(1, 4), past_key_values=DynamicCache(), max_new_tokens=2)
 
-    @pytest.mark.parametrize("implementation", ["static", "quantized"])
+    @pytest.mark.parametrize("implementation", ["static", "quantized", "offloaded"])
     def test_another_cache_implementation(self, model: PowerRetentionForCausalLM, implementation: str) -> None:
         with pytest.raises(ArgumentError, match=f"cache_implementation='{implementation}' is a key/value cache"):
             model.generate(tokens(1, 4), cache_implementation=implementation, max_new_tokens=2)
 
-    def test_speculation_that_would_have_to_roll_back(self, model: PowerRetentionForCausalLM) -> None:
-        for options in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": tiny_model()}):
-            with pytest.raises(ValueError, match="not supported with stateful models"):
-                model.generate(tokens(1, 12), max_new_tokens=4, **options)
+    def test_packed_rows_with_a_cache(self, model: PowerRetentionForCausalLM) -> None:
+        with pytest.raises(ArgumentError, match="read without a cache"):
+            model(tokens(1, 8), cu_seqlens=torch.tensor([0, 3, 8]), past_key_values=PowerRetentionCache(2))
 
 
 class TestTraining:
@@ -281,3 +280,13 @@ class TestTraining:
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
         with torch.no_grad():
             assert_close(compiled(ids, use_cache=False).logits, full_logits(model, ids))
+
+    @pytest.mark.parametrize("variant", ["llama", "p = 4"])
+    @torch.no_grad()
+    def test_compiled_with_a_cache(self, variant: str) -> None:
+        """A prompt and steps through a compiled forward."""
+        model, ids = model_of(variant), tokens(1, 44)
+        compiled, cache, logits = torch.compile(model, backend="aot_eager"), PowerRetentionCache(2), []
+        for piece in ids.split([40, 1, 1, 2], dim=1):
+            logits.append(compiled(piece, past_key_values=cache).logits)
+        assert_close(torch.cat(logits, 1), full_logits(model, ids))

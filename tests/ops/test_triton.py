@@ -49,3 +49,8 @@ def test_packed_slots_cover_every_token_once(size: int) -> None:
     covered = torch.cat([torch.arange(int(a), int(b)) for a, b, _, _ in plan.table])
     assert covered.tolist() == list(range(37))
     assert plan.table.shape[0] == plan.slots >= int(plan.borders[-1])
+
+
+def test_the_ring_kernel_compiles_for_gpus() -> None:
+    done = run("compile_for_gpu.py", "90", "80")
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from power_retention.ops import PowerState, expand, power_retention
+from power_retention.ops import PowerState, RingState, backends, expand, power_retention
 from power_retention.ops.backends import fused_step
 from power_retention.ops.reference import recurrent_form
 
@@ -137,6 +137,99 @@ def decoding_failures(device: str) -> list[str]:
     return wrong
 
 
+@dataclass(frozen=True)
+class RingCase:
+    """Decoding through a ring: ``pieces`` of tokens a call, slots out of order, one row of the batch without a slot."""
+
+    heads: tuple[int, int] = (2, 1)
+    widths: tuple[int, int] = (16, 16)
+    fold_size: int = 4
+    pieces: tuple[int, ...] = (1,) * 15
+    dtype: torch.dtype = torch.float32
+    state_dtype: torch.dtype = torch.float32
+    strongest: float | None = -1.0
+    taken_back: int = 0
+    pages: bool = False
+
+
+RING_CASES = {
+    "five query heads a head": RingCase(heads=(5, 1)),
+    "grouped, e ≠ d": RingCase(heads=(4, 2), widths=(16, 32)),
+    "odd widths, no gates": RingCase(heads=(3, 1), widths=(12, 20), strongest=None),
+    "several tiles a program": RingCase(widths=(64, 16), pieces=(1,) * 10),
+    "gates that forget everything": RingCase(strongest=-300.0),
+    "several tokens at once, taken back": RingCase(heads=(3, 1), pieces=(3, 1, 4, 2, 4, 4, 1), taken_back=2),
+    "odd fold": RingCase(fold_size=5, pieces=(1,) * 17),
+    "slots that are pages of a larger memory": RingCase(pages=True),
+    "long ring": RingCase(fold_size=16, pieces=(8, 8, 8, 8, 8, 1)),
+    "float16": RingCase(dtype=torch.float16),
+    "bfloat16": RingCase(heads=(8, 1), dtype=torch.bfloat16),
+    "bfloat16 states": RingCase(heads=(4, 2), dtype=torch.bfloat16, state_dtype=torch.bfloat16),
+}
+
+
+PAGED = ("memory", "normalizer", "keys", "values", "gates")
+
+
+def paged(x: Tensor) -> Tensor:
+    """The same, with something of somebody else's between one slot and the next."""
+    width = x[0].numel()
+    return torch.full((len(x), width + 24), torch.nan).to(x)[:, :width].zero_().unflatten(1, x.shape[1:])
+
+
+def ring_failures(case: RingCase, device: str) -> list[str]:
+    """What is wrong with the ring kernel's answers and the state it leaves, in words."""
+    generator = torch.Generator().manual_seed(0)
+    (query_heads, heads), (d, e), slots = case.heads, case.widths, torch.tensor([3, -1, 1])
+    ring = RingState.empty(
+        5, heads, d, e, fold_size=case.fold_size, dtype=case.dtype, state_dtype=case.state_dtype, device=device
+    )
+    if case.pages:
+        ring = replace(ring, **{name: paged(getattr(ring, name)) for name in PAGED})
+    for name in PAGED:
+        getattr(ring, name)[[0, 2, 4]] = torch.nan
+    os.environ["POWER_RETENTION_BACKEND"] = "triton"
+    read: list[list[Tensor]] = [[] for _ in range(4)]
+    wrong, end = [], 0
+    for call, tokens in enumerate(case.pieces):
+        if case.taken_back and call == 2:
+            ring.roll_back(case.taken_back, slots[slots >= 0].to(device))
+            read = [[torch.cat(pieces, 1)[:, : -case.taken_back]] if pieces else [] for pieces in read]
+            end -= case.taken_back
+        shapes = ((query_heads, d), (heads, d), (heads, e))
+        q, k, v = (torch.randn(3, tokens, *shape, generator=generator).to(case.dtype) for shape in shapes)
+        q = q + k.repeat_interleave(query_heads // heads, 2)
+        inputs = [q, k, v]
+        if case.strongest is not None:
+            inputs.append(case.strongest * torch.rand(3, tokens, heads, generator=generator) ** 3)
+        for pieces, x in zip(read, inputs, strict=False):
+            pieces.append(x)
+        start, end = end, end + tokens
+        log_g = inputs[3].to(device) if len(inputs) > 3 else None
+        backend: Any = next(b for b in backends._BACKENDS if b.name == "triton")
+        y = backend.decode(*(x.to(device) for x in inputs[:3]), log_g, ring, slots.to(device))
+        if y is None:
+            return ["no kernel took the call"]
+        expected, final = recurrent_form(*(torch.cat(pieces, 1).double() for pieces in read if pieces))
+        if y[1].any():
+            wrong.append(f"call {call}: a row without a slot is not 0")
+        pairs = {"y": (y[[0, 2]], expected[[0, 2], start:])}
+        if call in (2, len(case.pieces) - 1):
+            state = ring.to_state()
+            pairs["memory"] = (state.memory[[3, 1]], final.memory[[0, 2]])
+            pairs["normalizer"] = (state.normalizer[[3, 1]], final.normalizer[[0, 2]])
+        tolerance = 2e-2 if case.state_dtype == torch.bfloat16 else TOLERANCES[case.dtype]
+        for name, (got, want) in pairs.items():
+            error = float((got.cpu().double() - want).norm() / want.norm())
+            if not error <= tolerance:
+                wrong.append(f"call {call}, {name}: relative error {error:.1e}")
+    if bool(ring.arrived.any()):
+        wrong.append("counters are not back at 0")
+    if not ring.memory[[0, 2, 4]].isnan().all():
+        wrong.append("another slot was written")
+    return wrong
+
+
 def poison(empty: Any) -> Any:
     """``torch.empty`` whose memory is NaN: a kernel that leaves something unwritten is found out."""
 
@@ -151,7 +244,7 @@ def main(device: str, names: list[str]) -> int:
     """Check the named cases, or all; the exit status counts the wrong ones."""
     torch.empty, torch.empty_like = poison(torch.empty), poison(torch.empty_like)
     bad = 0
-    for name in names or CASES:
+    for name in [name for name in CASES if not names or name in names]:
         wrong = failures(CASES[name], device)
         bad += bool(wrong)
         print(f"{name}: {'; '.join(wrong) or 'right'}", flush=True)
@@ -159,6 +252,11 @@ def main(device: str, names: list[str]) -> int:
         wrong = decoding_failures(device)
         bad += bool(wrong)
         print(f"decoding: {'; '.join(wrong) or 'right'}", flush=True)
+    for name, ring_case in RING_CASES.items():
+        if not names or name in names:
+            wrong = ring_failures(ring_case, device)
+            bad += bool(wrong)
+            print(f"ring, {name}: {'; '.join(wrong) or 'right'}", flush=True)
     return bad
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -10,10 +11,28 @@ from torch import Tensor, nn
 
 from power_retention.errors import ArgumentError
 from power_retention.layers.softmax import softmax_attention
-from power_retention.ops import PowerState, power_retention, power_retention_step
+from power_retention.ops import power_retention
 
 OPEN_GATE_BIAS = 6.0
 """Gate bias of an uncalibrated mixer with biased gates: a half-life of 280 tokens."""
+
+
+class TokenMemory(Protocol):
+    """What a mixer has read before, kept by its caller."""
+
+    def read(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_g: Tensor,
+        *,
+        p: int,
+        mask: Tensor | None = None,
+        chunk_size: int | None = None,
+    ) -> Tensor:
+        """Read T tokens and answer their queries; arguments as of :func:`power_retention.power_retention`."""
+        ...
 
 
 class PowerRetentionMixer(nn.Module):
@@ -96,52 +115,38 @@ class PowerRetentionMixer(nn.Module):
         *,
         mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
-        state: PowerState | None = None,
-        return_state: bool = False,
-        update_inplace: bool = False,
-    ) -> tuple[Tensor, PowerState | None]:
+        memory: TokenMemory | None = None,
+    ) -> tuple[Tensor, None]:
         """Mix tokens.
 
         Args:
             x: ``[B, T, hidden]``.
             position_embeddings: cosines and sines of the rotary embedding, ``[B or 1, T, d]``.
             mask: ``[B, T]``, False at padding.
-            cu_seqlens: borders of packed sequences.
-            state: what was read before.
-            return_state: also return the state after the last token.
-            update_inplace: a single token may overwrite ``state`` (it belongs to the caller's cache).
+            cu_seqlens: borders of packed sequences, where there is no memory.
+            memory: what was read before; these tokens are added to it.
 
         Returns:
-            ``[B, T, hidden]`` and the new state, None unless asked for.
+            ``[B, T, hidden]``, and None where attention would return its weights.
         """
         q, k = self.queries_and_keys(x, *position_embeddings)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
         if self.k_bias is not None:
             k = k + self.k_bias.to(k.dtype)
         q, k, log_g = q.to(v.dtype), k.to(v.dtype), self.log_gates(x)
-        new_state = None
         if self.softmax:
-            if return_state:
+            if memory is not None:
                 raise ArgumentError("Softmax attention (use_exp=True) keeps no state; pass use_cache=False.")
             y = softmax_attention(q, k, v, mask=mask, cu_seqlens=cu_seqlens)
-        elif x.shape[1] == 1 and state is not None and return_state and mask is None:
-            y, new_state = power_retention_step(q[:, 0], k[:, 0], v[:, 0], log_g[:, 0], state, inplace=update_inplace)
-            y = y.unsqueeze(1)
+        elif memory is not None:
+            y = memory.read(q, k, v, log_g, p=self.p, mask=mask, chunk_size=self.chunk_size)
         else:
             out = power_retention(
-                q,
-                k,
-                v,
-                log_g,
-                p=self.p,
-                chunk_size=self.chunk_size,
-                initial_state=state,
-                return_state=return_state,
-                cu_seqlens=cu_seqlens,
-                mask=mask,
+                q, k, v, log_g, p=self.p, chunk_size=self.chunk_size, cu_seqlens=cu_seqlens, mask=mask
             )
-            y, new_state = out if isinstance(out, tuple) else (out, None)
-        return self.o_proj(y.flatten(-2)), new_state
+            assert isinstance(out, Tensor)
+            y = out
+        return self.o_proj(y.flatten(-2)), None
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

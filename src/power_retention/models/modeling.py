@@ -18,6 +18,7 @@ from power_retention.layers import PowerRetentionMixer
 from power_retention.models.cache import PowerRetentionCache, PowerRetentionLayerCache
 from power_retention.models.configuration import PowerRetentionConfig
 from power_retention.models.parts import PowerRetentionRotaryEmbedding, build_mlp, build_norm, init_experts
+from power_retention.ops.ring import FOLD_SIZE
 
 
 def build_mixer(config: PowerRetentionConfig) -> PowerRetentionMixer:
@@ -59,17 +60,9 @@ class PowerRetentionDecoderLayer(GradientCheckpointingLayer):
         cache: PowerRetentionLayerCache | None = None,
     ) -> Tensor:
         """``[B, T, hidden]`` → ``[B, T, hidden]``; the layer's cache, if any, is advanced."""
-        mixed, state = self.self_attn(
-            self.input_layernorm(hidden_states),
-            position_embeddings,
-            mask=mask,
-            cu_seqlens=cu_seqlens,
-            state=None if cache is None else cache.state,
-            return_state=cache is not None,
-            update_inplace=cache is not None and cache.may_overwrite,
+        mixed, _ = self.self_attn(
+            self.input_layernorm(hidden_states), position_embeddings, mask=mask, cu_seqlens=cu_seqlens, memory=cache
         )
-        if cache is not None:
-            cache.store(state, hidden_states.shape[1])
         hidden_states = hidden_states + mixed
         mapped: Tensor = self.mlp(self.post_attention_layernorm(hidden_states))
         return hidden_states + mapped
@@ -84,7 +77,7 @@ class PowerRetentionPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["PowerRetentionDecoderLayer"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
-    _is_stateful = True
+    _is_stateful = False  # its cache can take back what assisted decoding rejects
     _can_record_outputs = {"hidden_states": PowerRetentionDecoderLayer}  # noqa: RUF012
 
     @torch.no_grad()
@@ -155,6 +148,10 @@ class PowerRetentionModel(PowerRetentionPreTrainedModel):
         if past_key_values is None and use_cache and cu_seqlens is None:
             past_key_values = PowerRetentionCache(self.config.num_hidden_layers)
         check_cache(past_key_values)
+        if past_key_values is not None and cu_seqlens is not None:
+            raise ArgumentError(
+                "Sequences packed with cu_seqlens are read without a cache; leave past_key_values to None."
+            )
         tokens = hidden_states.shape[1]
         mask = padding_mask(attention_mask, tokens)
         if position_ids is None:
@@ -223,7 +220,7 @@ class PowerRetentionForCausalLM(PowerRetentionPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        """Generation starts from our own cache; a kept one is continued."""
+        """Generation starts from our own cache, which can take back what speculation drafts; a kept one is continued."""
         if not self.config.keeps_state:
             generation_config.use_cache = False  # every token is read again: right, and as slow as that sounds
         if generation_config.use_cache is False or model_kwargs.get("inputs_embeds") is not None:
@@ -238,7 +235,9 @@ class PowerRetentionForCausalLM(PowerRetentionPreTrainedModel, GenerationMixin):
             )
         cache = model_kwargs.get("past_key_values")
         if cache is None:
-            model_kwargs["past_key_values"] = PowerRetentionCache(self.config.num_hidden_layers)
+            drafts = max(generation_config.prompt_lookup_num_tokens or 0, generation_config.num_assistant_tokens or 0)
+            fold_size = max(FOLD_SIZE, 1 << drafts.bit_length())
+            model_kwargs["past_key_values"] = PowerRetentionCache(self.config.num_hidden_layers, fold_size=fold_size)
             return
         check_cache(cache)
         cache._is_user_defined = True

@@ -10,7 +10,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from torch import Tensor
 from power_retention.errors import BackendError
 from power_retention.ops import attention, chunk
 from power_retention.ops.heads import compute_dtype
+
+if TYPE_CHECKING:
+    from power_retention.ops.ring import RingState
 
 
 @dataclass(frozen=True)
@@ -56,9 +59,10 @@ class Call:
 class Backend(Protocol):
     """What a backend provides; ``forward`` and ``backward`` see real tensors, never fake ones.
 
-    It may also have ``devices``, the device types it serves: tensors elsewhere pass it by without a word; ``step``, the
-    kernel that :func:`fused_step` looks for; ``chunk_size(call, backward=…)``, its own choice where the caller left it open
-    (the two passes may differ); and ``workspace(call, backward=…)``, the bytes an out-of-memory error names.
+    It may also have ``devices``, the device types it serves: tensors elsewhere pass it by without a word; ``step`` and
+    ``decode``, the kernels that :func:`fused_step` and :func:`fused_decode` look for; ``chunk_size(call, backward=…)``, its
+    own choice where the caller left it open (the two passes may differ); and ``workspace(call, backward=…)``, the bytes an
+    out-of-memory error names.
     """
 
     name: str
@@ -124,6 +128,23 @@ def fused_step(
         step = getattr(backend, "step", None)
         if step is not None and wanted in (None, "", backend.name):
             y: Tensor | None = step(q, k, v, log_g, memory, normalizer)
+            if y is not None:
+                return y
+    return None
+
+
+def fused_decode(
+    q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None, ring: RingState, slot_indices: Tensor | None
+) -> Tensor | None:
+    """Decoding through a ring at p = 2 by the first backend that has a kernel for it; shapes as in ``power_retention_decode``.
+
+    None where no backend has one: nothing was touched then.
+    """
+    wanted = os.environ.get("POWER_RETENTION_BACKEND")
+    for backend in _BACKENDS:
+        decode = getattr(backend, "decode", None)
+        if decode is not None and wanted in (None, "", backend.name):
+            y: Tensor | None = decode(q, k, v, log_g, ring, slot_indices)
             if y is not None:
                 return y
     return None

@@ -81,7 +81,7 @@ def power_retention(
             device=q.device,
         )
     if mask is not None:
-        q, k, v, log_g = _without_padding(q, k, v, log_g, mask)
+        q, k, v, log_g = without_padding(q, k, v, log_g, mask)
     memory, normalizer = (None, None) if initial_state is None else initial_state[:2]
     y, memory, normalizer = torch.ops.power_retention.retain(
         q, k, v, log_g, memory, normalizer, cu_seqlens, p, _CHOOSE if chunk_size is None else chunk_size, return_state
@@ -103,7 +103,7 @@ def usual_chunk_size(tokens: int, head_width: int, p: int, *, needs_state: bool)
     return tokens if tokens <= 2 * size and not needs_state else size
 
 
-def _without_padding(
+def without_padding(
     q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None, mask: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """At padding q, k, v and log_g become 0: a weight of 0 for others, nothing remembered, nothing forgotten."""

@@ -200,6 +200,20 @@ def load_states(
     return [_to_state(header, *pair, device) for pair in pairs], header
 
 
+def fork_states(path: str | os.PathLike[str], copy: str | os.PathLike[str]) -> StateHeader:
+    """Copy a state file, checked, into a new one that notes the original's checksum as ``forked_from``.
+
+    Raises:
+        StateError: ``path`` is missing, damaged or no state file.
+        OutputError: ``copy`` exists, or cannot be written.
+    """
+    if Path(copy).exists():
+        raise OutputError(f"{copy} exists already; choose another name, or remove it first.")
+    states, header = load_states(path)
+    extra = header.extra | {"forked_from": header.checksum}
+    return save_states(copy, states, model=header.model, tokens_seen=header.tokens_seen, extra=extra)
+
+
 def _common_shape(states: Sequence[PowerState]) -> tuple[int, int, int, int, int]:
     """(B, H, d, e, p) that all states share."""
     if not states:

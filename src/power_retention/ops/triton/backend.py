@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,8 +18,21 @@ from torch.nn.functional import pad as pad_tensor
 from power_retention.ops.backends import Call
 from power_retention.ops.chunk import NOISE
 from power_retention.ops.layout import monomials, multiplicity, state_width
-from power_retention.ops.triton.plan import WIDTHS, Plan, Tile, Tiles, interpreted, make_plan, tiles_for
+from power_retention.ops.triton.plan import (
+    WIDTHS,
+    DecodeShape,
+    Plan,
+    Tile,
+    Tiles,
+    decode_shape,
+    interpreted,
+    make_plan,
+    tiles_for,
+)
 from power_retention.ops.triton.sizes import cheapest_chunk, workspace
+
+if TYPE_CHECKING:
+    from power_retention.ops.ring import RingState
 
 _FORGET = -110.0
 """exp of it is 0 in float32, and sums of it over a tile keep the digits of ordinary gates."""
@@ -105,6 +118,89 @@ class TritonBackend:
             )  # fmt: skip
         return y
 
+    def decode(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_g: Tensor | None,
+        ring: RingState,
+        slot_indices: Tensor | None,
+        shape: DecodeShape | None = None,
+    ) -> Tensor | None:
+        """Decoding through a ring in one launch; None where there is no kernel for the call.
+
+        Args:
+            q, k, v, log_g, ring, slot_indices: as in :func:`power_retention.ops.power_retention_decode`.
+            shape: launch shape, chosen unless given.
+        """
+        (_, tokens, _, d), e, groups = k.shape, v.shape[-1], q.shape[2] // k.shape[2]
+        stored = (ring.memory, ring.normalizer, ring.keys, ring.values, ring.gates)
+        contiguous = all(x[0].is_contiguous() for x in stored) and ring.cursor.is_contiguous()
+        if q.device.type not in self.devices or torch.float64 in (q.dtype, ring.memory.dtype) or not contiguous:
+            return None
+        if ring.p != 2 or max(d, e) > WIDTHS[-1] or _power_of_two(tokens * groups) > 64 or ring.capacity > 256:
+            return None
+        with _on(q.device):
+            return _launch_ring(q, k, v, log_g, ring, slot_indices, shape or decode_shape(d, e, ring.memory.itemsize))
+
+
+def _launch_ring(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_g: Tensor | None,
+    ring: RingState,
+    slot_indices: Tensor | None,
+    shape: DecodeShape,
+) -> Tensor:
+    (batch, tokens, heads, d), e, groups = k.shape, v.shape[-1], q.shape[2] // k.shape[2]
+    splits = shape.splits(batch * heads, state_width(d), _multiprocessors(q.device))
+    parts, rows, wide = splits + 1, _power_of_two(tokens * groups), _power_of_two(e, 16)
+    y = torch.empty(batch, tokens, heads * groups, e, dtype=v.dtype, device=q.device)
+    partial = torch.empty(batch * heads * parts * rows * wide, dtype=torch.float32, device=q.device)
+    sums = torch.empty(batch * heads * parts * rows * 2, dtype=torch.float32, device=q.device)
+    precision = operands(q.dtype)
+    narrow = q.dtype == ring.memory.dtype == torch.bfloat16
+    options = {"maxnreg": shape.registers} if shape.registers and torch.version.cuda else {}
+    _kernels("ring").ring_kernel[(batch * heads * parts,)](
+        q.contiguous(), k.contiguous(), v.contiguous(), ring.gates if log_g is None else log_g.contiguous(),
+        ring.cursor if slot_indices is None else slot_indices,
+        ring.memory, ring.normalizer, ring.keys, ring.values, ring.gates, ring.cursor, ring.arrived, partial, sums, y,
+        heads, splits, ring.memory.stride(0), ring.normalizer.stride(0), ring.keys.stride(0), ring.values.stride(0),
+        ring.gates.stride(0),
+        HAS_GATES=log_g is not None, HAS_SLOTS=slot_indices is not None, FORGET=_FORGET, NOISE=_NOISE,
+        T=tokens, TP=_power_of_two(tokens), GROUPS=groups, M=max(16, rows), N=max(8, rows), R=rows,
+        D=d, DP=_power_of_two(d, 16), E=e, EP=wide,
+        L=ring.fold_size, LP=_power_of_two(ring.fold_size, 16), CP=_power_of_two(ring.capacity, 16), BR=shape.rows,
+        CHUNK=max(1, min(_power_of_two(splits), 2048 * shape.warps // (rows * wide))), PARTS=_power_of_two(parts),
+        ST=precision["CT"] if narrow else import_module("triton.language").float32, STAGES=shape.stages,
+        **precision, num_warps=shape.warps, **options,
+    )  # fmt: skip
+    return y
+
+
+def _power_of_two(size: int, least: int = 1) -> int:
+    """The smallest power of two that is no less than ``size`` and ``least``."""
+    return max(least, 1 << (size - 1).bit_length())
+
+
+@lru_cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def operands(dtype: torch.dtype) -> dict[str, Any]:
+    """Operands of matrix products: bfloat16 as it is; float16 as tf32, which holds it and does not overflow.
+
+    The interpreter has no products in bfloat16.
+    """
+    tl = import_module("triton.language")
+    if dtype == torch.bfloat16 and not interpreted():
+        return {"CT": tl.bfloat16, "PREC": "tf32"}
+    exact = dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
+    return {"CT": tl.float32, "PREC": "ieee" if exact else "tf32"}
+
 
 @lru_cache
 def _arrivals(size: int, device: torch.device) -> Tensor:
@@ -166,12 +262,7 @@ class _Run:
 
     @property
     def precision(self) -> dict[str, Any]:
-        """Operands of the matrix products: bfloat16 as it is; float16 as tf32, which holds it and does not overflow."""
-        tl = import_module("triton.language")
-        if self.call.q.dtype == torch.bfloat16:
-            return {"CT": tl.bfloat16, "PREC": "tf32"}
-        exact = self.call.q.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
-        return {"CT": tl.float32, "PREC": "ieee" if exact else "tf32"}
+        return operands(self.call.q.dtype)
 
     def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)

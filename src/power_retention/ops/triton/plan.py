@@ -119,6 +119,38 @@ def _tiles(shape: ShapeClass, device: torch.device, _: int) -> Tiles:
     return Tiles(**tiles, block=setting_for("block", shape, device)["width"])
 
 
+@dataclass(frozen=True)
+class DecodeShape:
+    """Launch shape of decoding: rows of a tile, programs meant to share a multiprocessor, warps, stages, register limit."""
+
+    rows: int
+    resident: int
+    warps: int
+    stages: int
+    registers: int | None = None
+
+    def splits(self, heads: int, width: int, multiprocessors: int) -> int:
+        """Programs that share one head's state of ``width`` rows where ``heads`` heads (of all sequences) are read.
+
+        As many as fill the machine; a program's start and its part of the sum cost about as much as three tiles.
+        """
+        tiles, places = -(-width // self.rows), self.resident * multiprocessors
+
+        def cost(splits: int) -> int:
+            return -(-heads * splits // places) * (-(-tiles // splits) + 3)
+
+        return min(range(1, min(tiles, 63) + 1), key=cost)
+
+
+def decode_shape(key_width: int, value_width: int, state_bytes: int) -> DecodeShape:
+    """Tiles of about 16 kB, three programs a multiprocessor with three tiles in flight each.
+
+    At 168 registers the loop of the kernel spills nothing; a spill there, like any load, waits behind the tiles in flight.
+    """
+    rows = 8192 // (1 << (value_width - 1).bit_length()) * 2 // state_bytes
+    return DecodeShape(rows=max(16, min(rows, 128)), resident=3, warps=4, stages=4, registers=168)
+
+
 def interpreted() -> bool:
     """Whether Triton runs its kernels in Python (``TRITON_INTERPRET=1``), on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 _FORGET = -110.0
 """exp of it is 0 in float32, and sums of it over a tile keep the digits of ordinary gates."""
 
-_NOISE = NOISE * torch.finfo(torch.float32).eps
+NOISE_EPS = NOISE * torch.finfo(torch.float32).eps
 
 
 class TritonBackend:
@@ -77,7 +77,7 @@ class TritonBackend:
 
     def forward(self, call: Call) -> tuple[Tensor, Tensor, Tensor]:
         with _on(call.q.device):
-            run = _Run(call)
+            run = _prepare(call)
             y = run.read()
             nothing = y.new_empty(0, dtype=torch.float32)
             memory, normalizer = run.final_state() if call.return_state else (nothing, nothing.clone())
@@ -87,7 +87,7 @@ class TritonBackend:
         self, call: Call, dy: Tensor, d_memory: Tensor | None, d_normalizer: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
         with _on(call.q.device):
-            return _Gradients(_Run(call), dy, d_memory, d_normalizer).all()
+            return _prepare(call).backward(dy, d_memory, d_normalizer)
 
     def step(
         self, q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None, memory: Tensor, normalizer: Tensor
@@ -113,7 +113,7 @@ class TritonBackend:
             _kernels("decode").decode_kernel[splits, batch * heads](
                 q.contiguous(), k.contiguous(), v.contiguous(), None if log_g is None else log_g.contiguous(),
                 memory, normalizer, partial, _arrivals(batch * heads, q.device), y, heads, splits,
-                HAS_GATES=log_g is not None, FORGET=_FORGET, NOISE=_NOISE, GROUPS=groups, D=d,
+                HAS_GATES=log_g is not None, FORGET=_FORGET, NOISE=NOISE_EPS, GROUPS=groups, D=d,
                 DP=1 << (d - 1).bit_length(), E=e, EP=wide, BR=block, SPLITS=1 << (splits - 1).bit_length(), num_warps=4,
             )  # fmt: skip
         return y
@@ -169,7 +169,7 @@ def _launch_ring(
         ring.memory, ring.normalizer, ring.keys, ring.values, ring.gates, ring.cursor, ring.arrived, partial, sums, y,
         heads, splits, ring.memory.stride(0), ring.normalizer.stride(0), ring.keys.stride(0), ring.values.stride(0),
         ring.gates.stride(0),
-        HAS_GATES=log_g is not None, HAS_SLOTS=slot_indices is not None, FORGET=_FORGET, NOISE=_NOISE,
+        HAS_GATES=log_g is not None, HAS_SLOTS=slot_indices is not None, FORGET=_FORGET, NOISE=NOISE_EPS,
         T=tokens, TP=_power_of_two(tokens), GROUPS=groups, M=max(16, rows), N=max(8, rows), R=rows,
         D=d, DP=_power_of_two(d, 16), E=e, EP=wide,
         L=ring.fold_size, LP=_power_of_two(ring.fold_size, 16), CP=_power_of_two(ring.capacity, 16), BR=shape.rows,
@@ -216,6 +216,12 @@ def _kernels(name: str) -> Any:
     return import_module(f"power_retention.ops.triton.{name}")
 
 
+def _prepare(call: Call) -> Run:
+    hopper = import_module("power_retention.ops.triton.hopper.run")
+    run: Run = hopper.HopperRun(call) if hopper.covers(call) else Run(call)
+    return run
+
+
 def _has_states(call: Call) -> bool:
     return call.memory is not None or call.return_state
 
@@ -228,8 +234,22 @@ def _widen(x: Tensor, width: int) -> Tensor:
     return (x if x.shape[-1] == width else pad_tensor(x, (0, width - x.shape[-1]))).contiguous()
 
 
-class _Run:
+class Moments(NamedTuple):
+    """Second moments entering each slot ``[slots, H, d, d]``, after the last ``[R, H, d, d]``; if asked for also those
+    entering in two bfloat16 parts, and parts of their traces ``[slots, H, ·]``."""
+
+    states: Tensor
+    final: Tensor
+    high: Tensor
+    low: Tensor
+    traces: Tensor
+
+
+class Run:
     """One call on the way through the kernels: padded inputs, and every intermediate made once, when first asked for."""
+
+    ordered_columns = False
+    split_moments = False
 
     def __init__(self, call: Call) -> None:
         self.call = call
@@ -285,7 +305,16 @@ class _Run:
     def _columns(self, x: Tensor, heads: int, scale: bool) -> Tensor:
         out = self.new(heads, self.d, self.plan.columns, dtype=x.dtype)
         _kernels("prepare").columns_kernel[self.plan.columns // 64, heads](
-            x, self.plan.table, out, self.plan.columns, self.plan.pad, heads, D=self.d, BT=64, SCALE=scale
+            x,
+            self.plan.table,
+            out,
+            self.plan.columns,
+            self.plan.pad,
+            heads,
+            D=self.d,
+            BT=64,
+            SCALE=scale,
+            ORDERED=self.ordered_columns,
         )
         return out
 
@@ -311,26 +340,39 @@ class _Run:
         out = torch.empty_like(self.v)
         plan = self.plan
         _kernels("prepare").weigh_values_kernel[plan.columns // 64, self.heads](
-            self.v, self.gates, plan.table, out, self.tokens, plan.pad, self.heads, E=self.e, BT=64
+            self.v,
+            self.gates,
+            plan.table,
+            out,
+            self.tokens,
+            plan.pad,
+            self.heads,
+            HAS_GATES=True,
+            PADDED=False,
+            E=self.e,
+            BT=64,
         )
         return out
 
     def moments(
-        self, columns: Tensor, weight: Tensor | None, groups: int, initial: Tensor | None, *, reverse: bool
-    ) -> tuple[Tensor, Tensor]:
-        """(entering each slot ``[slots, H, d, d]``, after the last ``[R, H, d, d]``) of Σ decay·weight·x xᵀ."""
+        self, x: Tensor, weight: Tensor | None, groups: int, initial: Tensor | None, *, reverse: bool
+    ) -> Moments:
+        """Σ decay·weight·x xᵀ of each slot's past (of its future with ``reverse``: then x are queries, to be scaled)."""
         kernels, plan, d = _kernels("prepare"), self.plan, self.d
         out, final = self.new(plan.slots, self.heads, d, d), self.new(self.call.runs, self.heads, d, d)
         kernels.moments_kernel[plan.slots, self.heads, -(-d // 64)](
-            columns, weight, self.gates, plan.table, out, plan.columns, plan.pad, self.tokens, self.heads, groups,
-            TO_END=not reverse, HAS_GATES=self.has_gates, HAS_WEIGHT=weight is not None,
+            x, weight, self.gates, plan.table, out, self.tokens, self.heads, groups,
+            SCALE=reverse, TO_END=not reverse, HAS_GATES=self.has_gates, HAS_WEIGHT=weight is not None,
             D=d, BD=min(d, 64), BT=32, **self.precision,
         )  # fmt: skip
-        kernels.scan_moments_kernel[self.call.runs, self.heads, -(-d * d // 1024)](
-            out, initial, final, self.gates, plan.table, plan.borders, self.tokens, self.heads, d * d,
-            HAS_INITIAL=initial is not None, HAS_GATES=self.has_gates, REVERSE=reverse, BLOCK=1024,
+        parts, split = -(-d * d // 1024), self.split_moments
+        halves = [torch.empty(out.shape if split else (0,), dtype=torch.bfloat16, device=self.device) for _ in range(2)]
+        traces = self.new(*((plan.slots, self.heads, parts) if split else (0,)))
+        kernels.scan_moments_kernel[self.call.runs, self.heads, parts](
+            out, initial, final, *halves, traces, self.gates, plan.table, plan.borders, self.tokens, self.heads,
+            HAS_INITIAL=initial is not None, HAS_GATES=self.has_gates, REVERSE=reverse, SPLIT=split, D=d, BLOCK=1024,
         )  # fmt: skip
-        return out, final
+        return Moments(out, final, halves[0], halves[1], traces)
 
     def accumulate(
         self,
@@ -391,13 +433,13 @@ class _Run:
         return states, final
 
     @cached_property
-    def entering_moments(self) -> tuple[Tensor, Tensor]:
-        return self.moments(self.key_columns, None, 1, self.initial_moment, reverse=False)
+    def entering_moments(self) -> Moments:
+        return self.moments(self.k, None, 1, self.initial_moment, reverse=False)
 
     def final_state(self) -> tuple[Tensor, Tensor]:
         width = self.call.k.shape[-1]
         memory = narrow_state(self.entering[1], width, self.d, self.call.v.shape[-1])
-        return memory, from_matrix(self.entering_moments[1], width)
+        return memory, from_matrix(self.entering_moments.final, width)
 
     def read_states(
         self, x: Tensor, columns: Tensor, states: Tensor, groups: int, *, at_end: bool, always: bool, scale: bool
@@ -439,29 +481,36 @@ class _Run:
             )
         block, count = min(self.e, 128), self.tile_count(tile)
         _kernels("forward").read_kernel[self.plan.slots * self.heads * self.groups * count, self.e // block](
-            self.q, self.k, self.v, self.gates, self.plan.table, partial, self.entering_moments[0] if reads else None, y,
+            self.q, self.k, self.v, self.gates, self.plan.table, partial, self.entering_moments.states if reads else None, y,
             self.tokens, self.heads, self.groups, count,
             HAS_GATES=self.has_gates, HAS_STATE=reads, HAS_INITIAL=always, P=self.call.p,
-            NOISE=_NOISE, D=self.d, E=self.e, BM=tile.rows, BN=tile.steps, BE=block,
+            NOISE=NOISE_EPS, D=self.d, E=self.e, BM=tile.rows, BN=tile.steps, BE=block,
             **self.precision, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         return y
 
+    def backward(
+        self, dy: Tensor, d_memory: Tensor | None, d_normalizer: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of the call's inputs."""
+        return Gradients(self, dy, d_memory, d_normalizer).all()
+
 
 @dataclass
-class _QueryGradients:
+class QueryGradients:
+    """The gradients of the queries, and what the rest of the backward pass needs of them."""
+
     dq: Tensor  # [B, T, Hq, d]
     dn: Tensor  # [B, T, Hq, e], of the numerators, times exp(G_i); empty where no state has a gradient
-    inverses: Tensor  # [Hq, tokens], of the denominators
     dz: Tensor  # [Hq, tokens], of the denominators
-    peaks: Tensor  # [Hq, tokens]
     flow: Tensor  # [Hq, tokens], q·dq
+    rows: Tensor  # what the keys' gradients need of each query; its shape is the kernels' own
 
 
-class _Gradients:
+class Gradients:
     """The backward pass of one run."""
 
-    def __init__(self, run: _Run, dy: Tensor, d_memory: Tensor | None, d_normalizer: Tensor | None) -> None:
+    def __init__(self, run: Run, dy: Tensor, d_memory: Tensor | None, d_normalizer: Tensor | None) -> None:
         self.run, self.call = run, run.call
         self.dy = _widen(dy, run.e)
         width = run.call.k.shape[-1]
@@ -476,8 +525,7 @@ class _Gradients:
         run, call = self.run, self.call
         of_query = self._query()
         leaving, d_initial, flows = self._states(of_query)
-        dv, _ = self._keys(of_query, leaving, values=True)
-        dk, key_flow = self._keys(of_query, leaving, values=False)
+        dk, dv, key_flow = self._keys_and_values(of_query, leaving)
         width, value_width = call.k.shape[-1], call.v.shape[-1]
         dlog_g = None if call.log_g is None else self._gates(of_query.flow, key_flow, flows, call.log_g)
         d_memory = d_normalizer = None
@@ -487,11 +535,12 @@ class _Gradients:
         dq, dk, dv = of_query.dq[..., :width], dk[..., :width], dv[..., :value_width]
         return dq.contiguous(), dk.contiguous(), dv.contiguous(), dlog_g, d_memory, d_normalizer
 
-    def _query(self) -> _QueryGradients:
+    def _query(self) -> QueryGradients:
         run = self.run
         rows = (run.query_heads, run.tokens)
         dn = torch.empty_like(self.dy, dtype=run.state_dtype) if self.has_state else run.new(0)
-        out = _QueryGradients(torch.empty_like(run.q), dn, *(run.new(*rows) for _ in range(4)))
+        inverses_and_peaks = run.new(2, *rows)
+        out = QueryGradients(torch.empty_like(run.q), dn, run.new(*rows), run.new(*rows), inverses_and_peaks)
         reads, tile, always = run.reads_state, run.tiles.query_grad, self.call.memory is not None
         partial = None
         if reads:
@@ -500,34 +549,42 @@ class _Gradients:
             )
         count = run.tile_count(tile)
         _kernels("backward").query_grad_kernel[(run.plan.slots * run.heads * run.groups * count,)](
-            run.q, run.k, run.v, self.dy, run.gates, run.plan.table, partial, run.entering_moments[0] if reads else None,
-            out.dq, out.dn, out.inverses, out.dz, out.peaks, out.flow, run.tokens, run.heads, run.groups, count,
+            run.q, run.k, run.v, self.dy, run.gates, run.plan.table, partial, run.entering_moments.states if reads else None,
+            out.dq, out.dn, out.rows[0], out.dz, out.rows[1], out.flow, run.tokens, run.heads, run.groups, count,
             HAS_GATES=run.has_gates, HAS_STATE=reads, HAS_INITIAL=always, WITH_DN=self.has_state,
-            P=self.call.p, NOISE=_NOISE, D=run.d, E=run.e, BM=tile.rows, BN=tile.steps,
+            P=self.call.p, NOISE=NOISE_EPS, D=run.d, E=run.e, BM=tile.rows, BN=tile.steps,
             **run.precision, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         return out
 
-    def _states(self, of_query: _QueryGradients) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], Tensor]:
+    def _states(self, of_query: QueryGradients) -> tuple[tuple[Tensor, Moments], tuple[Tensor, Tensor], Tensor]:
         """(Gradients of what leaves each slot, of the initial state, ⟨state, gradient⟩ entering each slot [slots, H])."""
         run, call = self.run, self.call
         nothing = run.new(0)
         if not self.has_state:
-            return (nothing, nothing), (nothing, nothing), nothing
+            return (nothing, Moments(*(nothing,) * 5)), (nothing, nothing), nothing
         states, d_initial, flows = run.accumulate(
             run.query_columns, of_query.dn, run.groups, self.d_memory, keep_states=True,
             keep_final=call.memory is not None, reverse=True,
             other=run.entering[0] if run.has_gates and run.reads_state else None,
         )  # fmt: skip
-        moments, d_moment = run.moments(run.query_columns, of_query.dz, run.groups, self.d_moment, reverse=True)
+        moments = run.moments(run.q, of_query.dz, run.groups, self.d_moment, reverse=True)
         flows = flows.sum(-1, dtype=torch.float64)
         if run.has_gates and run.reads_state:
             # What enters a slot has left the one before it.
-            flows[1:] += (run.entering_moments[0][1:] * moments[:-1]).sum((-1, -2), dtype=torch.float64)
-        return (states, moments), (d_initial, d_moment), flows
+            flows[1:] += (run.entering_moments.states[1:] * moments.states[:-1]).sum((-1, -2), dtype=torch.float64)
+        return (states, moments), (d_initial, moments.final), flows
+
+    def _keys_and_values(
+        self, of_query: QueryGradients, leaving: tuple[Tensor, Moments]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """dk, dv, and k·dk ``[H, tokens]``."""
+        dv, _ = self._keys(of_query, leaving, values=True)
+        dk, flow = self._keys(of_query, leaving, values=False)
+        return dk, dv, flow
 
     def _keys(
-        self, of_query: _QueryGradients, leaving: tuple[Tensor, Tensor], *, values: bool
+        self, of_query: QueryGradients, leaving: tuple[Tensor, Moments], *, values: bool
     ) -> tuple[Tensor, Tensor]:
         """dv or dk, and k·dk ``[H, tokens]``."""
         run = self.run
@@ -541,8 +598,8 @@ class _Gradients:
         elif self.has_state:
             partial = run.contract_states(run.v, run.key_columns, leaving[0], 1, at_end=True, always=always)
         _kernels("backward").key_grad_kernel[(run.plan.slots * run.heads * count,)](
-            run.scaled_queries, run.k, run.v, self.dy, of_query.inverses, of_query.dz, of_query.peaks, run.gates,
-            run.plan.table, partial, leaving[1], grad, flow, run.tokens, run.heads, run.groups, count,
+            run.scaled_queries, run.k, run.v, self.dy, of_query.rows[0], of_query.dz, of_query.rows[1], run.gates,
+            run.plan.table, partial, leaving[1].states, grad, flow, run.tokens, run.heads, run.groups, count,
             VALUES=values, HAS_GATES=run.has_gates, HAS_STATE=self.has_state, HAS_FINAL=always,
             P=self.call.p, D=run.d, E=run.e, BM=tile.rows, BN=tile.steps,
             **run.precision, num_warps=tile.warps, num_stages=tile.stages,
@@ -557,7 +614,7 @@ class _Gradients:
             leaving[:-1] = flows[1:] * (plan.table[1:, 2:3] == 0)
         if self.d_memory is not None and self.d_moment is not None:
             last = (plan.borders[1:] - 1).long()
-            final, moment = run.entering[1], run.entering_moments[1]
+            final, moment = run.entering[1], run.entering_moments.final
             leaving[last] += (final * self.d_memory).sum((-1, -2), dtype=torch.float64)
             leaving[last] += (moment * self.d_moment).sum((-1, -2), dtype=torch.float64)
         grad = torch.empty(log_g.shape, dtype=log_g.dtype, device=run.device)
@@ -581,13 +638,13 @@ def row_order(width: int, block: int, device: torch.device) -> Tensor:
     for start in range(0, width - block, block):
         pairs += [(a, b) for b in range(start + block, width) for a in range(start, start + block)]
     a, b = torch.tensor(pairs).T
-    canonical = _index_matrix(width, torch.device("cpu"))[a, b]
+    canonical = index_matrix(width, torch.device("cpu"))[a, b]
     repeats = torch.arange(len(pairs)) // width == block // 2
     first = ~(repeats & (a % block >= block // 2))
     return torch.stack((a, b, canonical, first)).to(torch.int32).to(device)
 
 
-def _index_matrix(width: int, device: torch.device) -> Tensor:
+def index_matrix(width: int, device: torch.device) -> Tensor:
     """``[d, d]``: the canonical index of the monomial x_a·x_b."""
     a, b = torch.tensor(monomials(width, 2), device=device).T
     out = torch.empty(width, width, dtype=torch.int64, device=device)
@@ -599,7 +656,7 @@ def _index_matrix(width: int, device: torch.device) -> Tensor:
 
 def to_matrix(normalizer: Tensor, width: int, wide: int, *, gradient: bool = False) -> Tensor:
     """Canonical ``[R, H, D]`` → symmetric second moments ``[R, H, wide, wide]``; of a gradient, each pair gets half."""
-    out = normalizer.float()[..., _index_matrix(width, normalizer.device)]
+    out = normalizer.float()[..., index_matrix(width, normalizer.device)]
     if gradient:
         out = out * (0.5 + 0.5 * torch.eye(width, device=out.device))
     return pad_tensor(out, (0, wide - width, 0, wide - width)).contiguous()
@@ -615,7 +672,7 @@ def from_matrix(moment: Tensor, width: int, *, gradient: bool = False) -> Tensor
 def _wide_index(width: int, wide: int, device: torch.device) -> Tensor:
     """``[D]``: where each canonical monomial of ``width`` stands in the canonical layout of ``wide``."""
     a, b = torch.tensor(monomials(width, 2), device=device).T
-    return _index_matrix(wide, device)[a, b]
+    return index_matrix(wide, device)[a, b]
 
 
 def widen_state(memory: Tensor, width: int, wide: int, value_width: int) -> Tensor:

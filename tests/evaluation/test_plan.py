@@ -17,17 +17,18 @@ from power_retention.models.sizes import count_parameters, kv_bytes_per_token, s
 from tiny_models import VARIANTS, tiny_config
 
 H200 = GPUS["h200"]
-EXACT = Assumptions(memory_share=1.0, bandwidth_share=1.0)
+BARE = Assumptions(ring=0)
+EXACT = Assumptions(memory_share=1.0, bandwidth_share=1.0, ring=0)
 
 
 def test_brumby_on_an_h200() -> None:
     """Sizes worked out elsewhere: 8256 rows of 128 in 40 layers of 8 heads; 160 KiB a token for its parent."""
     config = BrumbyConfig()
-    made = make_plan(config, [4096, 32768, 1 << 20], H200)
+    made = make_plan(config, [4096, 32768, 1 << 20], H200, assumptions=BARE)
     assert made.state_bytes == 40 * 8 * 8256 * (128 * 4 + 4)
     assert made.kv_bytes_per_token == 160 * 1024
     assert made.weights_bytes == pytest.approx(29.54e9, rel=1e-3)
-    narrow = make_plan(config, [4096], H200, assumptions=Assumptions(state_dtype="bfloat16"))
+    narrow = make_plan(config, [4096], H200, assumptions=Assumptions(state_dtype="bfloat16", ring=0))
     ring = make_plan(config, [4096], H200, assumptions=Assumptions(state_dtype="bfloat16", ring=16))
     assert narrow.crossovers.decoding == pytest.approx(8400, rel=0.01)
     assert ring.crossovers.decoding == pytest.approx(4500, rel=0.01)
@@ -39,7 +40,7 @@ def test_brumby_on_an_h200() -> None:
 def test_the_arithmetic_of_one_small_model() -> None:
     """By hand: 2 groups of 1 GPU, each with room for 3 users."""
     config = tiny_config()
-    weights, state = 2 * count_parameters(config), state_bytes(config)
+    weights, state = 2 * count_parameters(config), state_bytes(config, ring=0)
     gpu = Gpu("toy", (weights + 3.5 * state) / 1e9, 1e-6, 1e-6, 2.0)
     made = make_plan(config, [100], gpu, 2, EXACT)
     served = made.student[0]
@@ -53,9 +54,9 @@ def test_the_arithmetic_of_one_small_model() -> None:
 
 
 def test_at_the_crossovers_model_and_parent_are_even() -> None:
-    made = make_plan(preset("qwen3-8b").config(), [4096], H200)
+    made = make_plan(preset("qwen3-8b").config(), [4096], H200, assumptions=BARE)
     length = round(made.crossovers.decoding)
-    even = make_plan(preset("qwen3-8b").config(), [length], H200)
+    even = make_plan(preset("qwen3-8b").config(), [length], H200, assumptions=BARE)
     assert even.parent[0].tokens_per_second_alone == pytest.approx(even.student[0].tokens_per_second_alone, rel=1e-3)
     assert even.crossovers.memory == pytest.approx(length / 2, rel=1e-3)
 
@@ -71,8 +72,8 @@ def test_a_model_too_large_for_one_gpu_is_spread() -> None:
 
 def test_a_ring_spares_the_writing() -> None:
     config = BrumbyConfig()
-    held = state_bytes(config)
-    assert state_traffic(config, Assumptions()) == 2 * held
+    held = state_bytes(config, ring=0)
+    assert state_traffic(config, BARE) == 2 * held
     with_ring = state_traffic(config, Assumptions(ring=16))
     assert held * 17 / 16 < with_ring < held * 1.07
 

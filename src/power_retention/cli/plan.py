@@ -27,7 +27,7 @@ def plan(
     context: Annotated[str, typer.Option(help="Tokens a user has read: 32768, 128k, 1M.")] = "1M",
     gpus: Annotated[str, typer.Option(help="How many of which GPU.")] = "1xH200",
     state_dtype: Annotated[str, typer.Option(help="Of the states: float32 or bfloat16.")] = "float32",
-    ring: Annotated[int, typer.Option(help="Tokens kept unfolded; 0 rewrites the state for each.")] = 0,
+    ring: Annotated[int, typer.Option(help="Tokens folded at a time; 0 rewrites the state for each.")] = 32,
     weight_bytes: Annotated[float, typer.Option(help="Bytes a weight: 2 for bfloat16, 1 for int8.")] = 2,
     train_tokens: Annotated[str, typer.Option(help="Tokens to retrain on.")] = "1B",
     utilisation: Annotated[float, typer.Option(help="Share of the GPU's operations that training reaches.")] = 0.4,
@@ -92,7 +92,7 @@ def _show(plan: Plan, context: int) -> None:
         f"[dim]Assumed: {plan.gpu.memory_gb:g} GB, {plan.gpu.bandwidth_tb_s:g} TB/s, {plan.gpu.tflops:g} TFLOP/s and "
         f"${plan.gpu.dollars_per_hour:.2f} an hour for one {plan.gpu.name}; {assume.memory_share:.0%} of the memory and "
         f"{assume.bandwidth_share:.0%} of the bandwidth used; {assume.weight_bytes:g} bytes a weight, states in "
-        f"{assume.state_dtype} with a ring of {assume.ring}; the parent's cache in 2 bytes; training by distillation on "
+        f"{assume.state_dtype} with a ring folded {assume.ring} at a time; the parent's cache in 2 bytes; training by distillation on "
         f"{assume.train_length:,}-token sequences at {assume.utilisation:.0%} of the operations. Communication between GPUs is "
         "not counted.[/]",
         highlight=False,

@@ -22,6 +22,7 @@ from power_retention.models.sizes import (
     recurrence_flops,
     state_bytes,
 )
+from power_retention.ops.ring import FOLD_SIZE
 
 STATE_BYTES = {"float32": 4, "bfloat16": 2}
 """Bytes an element of S in the dtypes that a state can have."""
@@ -81,7 +82,7 @@ class Assumptions:
 
     weight_bytes: float = 2
     state_dtype: str = "float32"
-    ring: int = 0
+    ring: int = FOLD_SIZE
     memory_share: float = 0.95
     bandwidth_share: float = 0.89
     train_tokens: float = 1e9
@@ -280,12 +281,12 @@ def make_plan(
 
 
 def state_traffic(config: PowerRetentionConfig, assumptions: Assumptions) -> float:
-    """Bytes moved for one token of one sequence: the state read, and written back at every fold; half a ring read."""
-    held = state_bytes(config, STATE_BYTES[assumptions.state_dtype])
+    """Bytes moved for one token of one sequence: the state read, and written back at every fold; most of a ring read."""
+    held = state_bytes(config, STATE_BYTES[assumptions.state_dtype], ring=0)
     if not assumptions.ring:
         return 2.0 * held
     ring = state_bytes(config, STATE_BYTES[assumptions.state_dtype], ring=assumptions.ring) - held
-    return held * (1 + 1 / assumptions.ring) + ring / 2
+    return held * (1 + 1 / assumptions.ring) + ring * 3 / 4  # between L and 2·L of its places are read
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,11 @@ import torch
 from power_retention.models.configuration import PowerRetentionConfig
 from power_retention.models.modeling import PowerRetentionForCausalLM
 from power_retention.ops.layout import state_width
+from power_retention.ops.ring import FOLD_SIZE
 
 NORMALIZER_BYTES = 4
 GATE_BYTES = 4
+COUNTER_BYTES = 12
 
 
 def count_parameters(config: PowerRetentionConfig) -> int:
@@ -47,17 +49,21 @@ def parameters_read(config: PowerRetentionConfig, sequences: int = 1) -> float:
     return read
 
 
-def state_bytes(config: PowerRetentionConfig, element_bytes: int = 4, *, ring: int = 0) -> int:
+def state_bytes(
+    config: PowerRetentionConfig, element_bytes: int = 4, *, ring: int = FOLD_SIZE, activation_bytes: int = 2
+) -> int:
     """Bytes that one sequence keeps, whatever its length.
 
     Args:
         config: of the model.
         element_bytes: of S; normalisers are float32 always.
-        ring: tokens whose keys and values (two bytes an element) and gates are kept until they are folded.
+        ring: L, with places for 2·L tokens' keys, values and gates (``docs/state.md``); 0 for the bare state.
+        activation_bytes: of an element of keys and values.
     """
     heads, d = _heads(config)
     held = state_width(d, config.power) * (d * element_bytes + NORMALIZER_BYTES)
-    return config.num_hidden_layers * heads * (held + ring * (2 * 2 * d + GATE_BYTES))
+    kept = 2 * ring * (2 * activation_bytes * d + GATE_BYTES) + COUNTER_BYTES if ring else 0
+    return config.num_hidden_layers * heads * (held + kept)
 
 
 def kv_bytes_per_token(config: PowerRetentionConfig, element_bytes: int = 2) -> int:

@@ -49,6 +49,12 @@ CASES = {
     "float16": Case(dtype=torch.float16, state=True),
     "one token": Case(tokens=1, state=True),
 }
+GPU_CASES = {
+    "wide heads in bfloat16": Case(
+        tokens=300, heads=(2, 1), widths=(64, 64), chunk=128, dtype=torch.bfloat16, state=True
+    ),
+}
+"""Not for the interpreter, whose bfloat16 is not the GPU's."""
 TOLERANCES = {torch.float32: 5e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 
 

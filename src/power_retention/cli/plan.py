@@ -92,9 +92,9 @@ def _show(plan: Plan, context: int) -> None:
         f"[dim]Assumed: {plan.gpu.memory_gb:g} GB, {plan.gpu.bandwidth_tb_s:g} TB/s, {plan.gpu.tflops:g} TFLOP/s and "
         f"${plan.gpu.dollars_per_hour:.2f} an hour for one {plan.gpu.name}; {assume.memory_share:.0%} of the memory and "
         f"{assume.bandwidth_share:.0%} of the bandwidth used; {assume.weight_bytes:g} bytes a weight, states in "
-        f"{assume.state_dtype} with a ring folded {assume.ring} at a time; the parent's cache in 2 bytes; training by distillation on "
-        f"{assume.train_length:,}-token sequences at {assume.utilisation:.0%} of the operations. Communication between GPUs is "
-        "not counted.[/]",
+        f"{assume.state_dtype} with a ring folded {assume.ring} at a time; the parent's cache in 2 bytes; training by "
+        f"distillation on {assume.train_length:,}-token sequences at {assume.utilisation:.0%} of the operations. "
+        "Communication between GPUs is not counted.[/]",
         highlight=False,
     )
 

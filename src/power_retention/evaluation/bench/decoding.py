@@ -15,7 +15,8 @@ from power_retention.evaluation.bench.contenders import OURS, attend, draw_input
 from power_retention.evaluation.bench.settings import TOLERANCES, Settings, first_line
 from power_retention.evaluation.exact import exact_attention, relative_error
 from power_retention.machine import Timing, time_call
-from power_retention.ops import PowerState, power_retention, power_retention_step
+from power_retention.ops import RingState, power_retention_decode
+from power_retention.ops.ring import FOLD_SIZE
 from power_retention.ops.triton.samples import HeadShape
 
 
@@ -72,36 +73,43 @@ def _copies(nbytes: int, device: torch.device) -> int:
 def _our_tokens(
     shape: HeadShape, batch: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Callable[[], object], int, float]:
-    """(one token for each copy of the state, copies, error of decoding)."""
+    """(as many tokens as are folded at a time for each copy of the state, tokens, error of decoding)."""
     error = _decoding_error(shape, dtype, device)
-    first = PowerState.empty(batch, shape.heads, shape.width, shape.value_width, dtype=dtype, device=device)
-    states = []
-    for _ in range(_copies(first.nbytes, device)):
-        normalizer = torch.rand(first.normalizer.shape, device=device) + 1
-        states.append(first._replace(memory=torch.randn_like(first.memory), normalizer=normalizer))
-    q, k, v, log_g = (x[:, 0].contiguous() for x in draw_inputs(shape, 1, dtype, device, batch=batch))
+    rings = [_ring(shape, batch, dtype, device)]
+    rings += [_ring(shape, batch, dtype, device) for _ in range(_copies(rings[0].memory.nbytes, device) - 1)]
+    q, k, v, log_g = draw_inputs(shape, 1, dtype, device, batch=batch)
 
     def all_copies() -> None:
-        for state in states:
-            power_retention_step(q, k, v, log_g, state, inplace=True)
+        for _ in range(FOLD_SIZE):
+            for ring in rings:
+                power_retention_decode(q, k, v, log_g, ring)
 
-    return all_copies, len(states), error
+    return all_copies, len(rings) * FOLD_SIZE, error
+
+
+def _ring(shape: HeadShape, batch: int, dtype: torch.dtype, device: torch.device) -> RingState:
+    """A full state of random numbers, in the dtype of the inputs where it can hold one."""
+    kept = dtype if dtype in (torch.bfloat16, torch.float32) else torch.float32
+    ring = RingState.empty(
+        batch, shape.heads, shape.width, shape.value_width, dtype=dtype, state_dtype=kept, device=device
+    )
+    ring.memory.normal_()
+    ring.normalizer.uniform_(1, 2)
+    return ring
 
 
 def _decoding_error(shape: HeadShape, dtype: torch.dtype, device: torch.device) -> float:
-    """Sixteen tokens decoded after a prompt of 64, against float64."""
-    inputs = draw_inputs(shape, 80, dtype, device)
-    q, k, v, log_g = (x[:, :64] for x in inputs)
-    result = power_retention(q, k, v, log_g, return_state=True)
-    assert isinstance(result, tuple)
-    state = result[1]
-    outputs = []
-    for t in range(64, 80):
-        q, k, v, log_g = (x[:, t].contiguous() for x in inputs)
-        y, state = power_retention_step(q, k, v, log_g, state, inplace=True)
-        outputs.append(y)
-    rows = torch.arange(64, 80, device=device)
-    return relative_error(torch.stack(outputs, 1), exact_attention(*inputs, rows)["y"])
+    """A prompt and tokens one by one until some were folded, against float64."""
+    prompt, tokens = 64, 64 + 2 * FOLD_SIZE
+    q, k, v, log_g = draw_inputs(shape, tokens, dtype, device)
+    kept = dtype if dtype in (torch.bfloat16, torch.float32) else torch.float32
+    ring = RingState.empty(1, shape.heads, shape.width, shape.value_width, dtype=dtype, state_dtype=kept, device=device)
+    y = [power_retention_decode(q[:, :prompt], k[:, :prompt], v[:, :prompt], log_g[:, :prompt], ring)]
+    for t in range(prompt, tokens):
+        now = slice(t, t + 1)
+        y.append(power_retention_decode(q[:, now], k[:, now], v[:, now], log_g[:, now], ring))
+    rows = torch.arange(prompt, tokens, device=device)
+    return relative_error(torch.cat(y[1:], 1), exact_attention(q, k, v, log_g, rows)["y"])
 
 
 def _attention_tokens(

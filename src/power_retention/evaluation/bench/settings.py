@@ -53,7 +53,7 @@ class Settings:
             lengths = (1024, 4096, 8192, 16384, 32768, 65536, 131072, 262144)
             contexts = (4096, 16384, 65536, 262144, 1048576)
             shapes = (HeadShape(12, 12, 64, 64), flagship)
-            return cls(shapes, lengths, 65536, 3000, 65536, flagship, contexts, (1, 8, 32), torch.bfloat16)
+            return cls(shapes, lengths, 262144, 3000, 65536, flagship, contexts, (1, 8, 32), torch.bfloat16)
         if quick:
             tiny = HeadShape(4, 2, 16, 16)
             return cls((tiny,), (128, 512), 512, 200, 512, tiny, (512, 2048), (1,), torch.float32, 0.01)

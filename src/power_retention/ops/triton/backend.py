@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 _FORGET = -110.0
 """exp of it is 0 in float32, and sums of it over a tile keep the digits of ordinary gates."""
 
+_CLOSED = -16.0
+"""A gate below exp of it passes less than float32 resolves."""
+
 NOISE_EPS = NOISE * torch.finfo(torch.float32).eps
 
 
@@ -619,8 +622,8 @@ class Gradients:
             leaving[last] += (moment * self.d_moment).sum((-1, -2), dtype=torch.float64)
         grad = torch.empty(log_g.shape, dtype=log_g.dtype, device=run.device)
         _kernels("backward").gate_grad_kernel[plan.slots, run.heads](
-            query_flow, key_flow, leaving, plan.table, grad, run.tokens, run.heads, run.groups,
-            P=self.call.p, BLOCK=min(1024, 1 << (plan.size - 1).bit_length()),
+            query_flow, key_flow, leaving, log_g.contiguous(), plan.table, grad, run.tokens, run.heads, run.groups,
+            P=self.call.p, CLOSED=_CLOSED, BLOCK=min(1024, 1 << (plan.size - 1).bit_length()),
         )  # fmt: skip
         return grad
 

@@ -350,13 +350,21 @@ def key_grad_kernel(
         tl.store(flow + head * tokens + j, tl.sum(acc * key.to(tl.float32), 1), mask=valid)
 
 
+@triton.jit
+def _add_unless_closed(sum_a, closed_a, sum_b, closed_b):
+    """Sums that start anew at a closed gate, as an associative operation."""
+    return tl.where(closed_b != 0, sum_b, sum_a + sum_b), closed_a | closed_b
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def gate_grad_kernel(
-    query_flow, key_flow, leaving, table, grad, tokens, heads, groups, P: tl.constexpr, BLOCK: tl.constexpr
-):
+    query_flow, key_flow, leaving, log_g, table, grad, tokens, heads, groups,
+    P: tl.constexpr, CLOSED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Reverse cumulative sums of (q·dq − k·dk)/p within each slot, float64, from what crosses its right border.
 
-    query_flow [heads·groups, tokens], key_flow [heads, tokens], leaving [slots, heads] float64 → grad [tokens, heads].
+    query_flow [heads·groups, tokens], key_flow [heads, tokens], leaving [slots, heads] float64, log_g and grad
+    [tokens, heads].  Nothing passes a gate below CLOSED: what the sums say there is rounding, so they start anew.
     """
     slot = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
@@ -365,13 +373,15 @@ def gate_grad_kernel(
     carried = tl.load(leaving + slot * heads + head)
     blocks = (end - start + BLOCK - 1) // BLOCK
     for n in range(blocks):
-        t = start + (blocks - 1 - n) * BLOCK + tl.arange(0, BLOCK)
+        place = tl.arange(0, BLOCK)
+        t = start + (blocks - 1 - n) * BLOCK + place
         inside = t < end
         x = -tl.load(key_flow + head * tokens + t, mask=inside, other=0.0).to(tl.float64)
         for group in range(groups):
             x += tl.load(query_flow + (head * groups + group) * tokens + t, mask=inside, other=0.0).to(tl.float64)
-        x /= P
-        total = tl.sum(x, 0)
-        out = carried + total - tl.cumsum(x, 0) + x
+        closed = (tl.load(log_g + t * heads + head, mask=inside, other=0.0).to(tl.float32) < CLOSED).to(tl.int32)
+        x = tl.where(closed != 0, 0.0, x / P)
+        out, cut = tl.associative_scan((x, closed), 0, _add_unless_closed, reverse=True)
+        out += tl.where(cut != 0, 0.0, carried)
         tl.store(grad + t * heads + head, out.to(grad.dtype.element_ty), mask=inside)
-        carried += total
+        carried = tl.sum(tl.where(place == 0, out, 0.0), 0)

@@ -10,7 +10,7 @@ from power_retention.ops.triton.hopper.common import left_of_units, rows_layout,
 
 
 @gluon.jit
-def _place(item, table, borders, heads, tiles, runs, segments, REVERSE: gl.constexpr):
+def _place(item, table, borders, heads, tiles, runs, segments, reverse):
     """(segment, run, head, tile, first slot, slots to walk) of a work item; segments of a run are far apart in the order."""
     tile = item % tiles
     rest = item // tiles
@@ -22,23 +22,20 @@ def _place(item, table, borders, heads, tiles, runs, segments, REVERSE: gl.const
     count = gl.load(borders + run + 1) - first
     begin = segment * count // segments
     end = (segment + 1) * count // segments
-    if REVERSE:
-        first += count - 1 - begin
-    else:
-        first += begin
+    first += gl.where(reverse != 0, count - 1 - begin, begin)
     return segment, run, head, tile, first, end - begin
 
 
 @gluon.jit
 def _fetch(
     xt_desc, u_desc, x_tiles, u_tiles, full, empty, table, borders, pairs, pad, walk,
-    REVERSE: gl.constexpr, D: gl.constexpr, E: gl.constexpr, STAGES: gl.constexpr,
+    D: gl.constexpr, E: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The producer: of 64 tokens the eight-row tiles that four units need of x, and u."""
-    _, heads, tiles, runs, segments, groups = walk
+    _, heads, tiles, runs, segments, groups, reverse, _, _ = walk
     n = 0
     for item in range(gl.program_id(0), tiles * heads * runs * segments, gl.num_programs(0)):
-        _, _, head, tile, slot, count = _place(item, table, borders, heads, tiles, runs, segments, REVERSE)
+        _, _, head, tile, slot, count = _place(item, table, borders, heads, tiles, runs, segments, reverse)
         for _ in range(count):
             steps = (gl.load(table + slot * 4 + 1) - gl.load(table + slot * 4) + 63) // 64
             for group in range(groups):
@@ -56,7 +53,7 @@ def _fetch(
                         target = x_tiles.index(stage * 4 + part // 4 * 2 + part % 2).slice(part // 2 % 2 * 8, 8)
                         tma.async_copy_global_to_shared(xt_desc, [row, column], full.index(stage), target)
                     n += 1
-            slot += -1 if REVERSE else 1
+            slot += 1 - 2 * reverse
 
 
 @gluon.jit
@@ -80,23 +77,22 @@ def _address(base, unit, E: gl.constexpr, layout: gl.constexpr):
 @gluon.jit
 def _consume(
     x_tiles, u_tiles, full, empty, gates, table, borders, pairs, carried, arrived, states, walk,
-    WHO: gl.constexpr, HAS_GATES: gl.constexpr, HAS_INITIAL: gl.constexpr, KEEP_FINAL: gl.constexpr,
-    REVERSE: gl.constexpr, D: gl.constexpr, E: gl.constexpr, STAGES: gl.constexpr,
+    WHO: gl.constexpr, HAS_GATES: gl.constexpr, D: gl.constexpr, E: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Units 4·tile + 2·WHO and the next: walk along a segment, store what enters each slot."""
-    tokens, heads, tiles, runs, segments, groups = walk
+    tokens, heads, tiles, runs, segments, groups, reverse, has_initial, keep_final = walk
     UNITS: gl.constexpr = (D // 8) * (D // 8 + 1) // 2
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, E, 16])
     left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     wide: gl.constexpr = gl.BlockedLayout([1, 8], [256 // E, E // 8], [4, 1], [1, 0])
     n = 0
     for item in range(gl.program_id(0), tiles * heads * runs * segments, gl.num_programs(0)):
-        segment, run, head, tile, slot, count = _place(item, table, borders, heads, tiles, runs, segments, REVERSE)
+        segment, run, head, tile, slot, count = _place(item, table, borders, heads, tiles, runs, segments, reverse)
         unit = tile * 4 + 2 * WHO
         state = (run * heads + head).to(gl.int64)
         mine = arrived + (state * tiles + tile) * 2 + WHO
         acc = gl.zeros([128, E], gl.float32, mma)
-        if HAS_INITIAL or segment > 0:
+        if (has_initial != 0) | (segment > 0):
             if segment > 0:
                 while gl.atomic_add(mine, 0, sem="acquire") < segment:
                     pass
@@ -125,19 +121,23 @@ def _consume(
                 acc, first, second = warpgroup_mma_wait(0, deps=[acc, first, second])
                 mbarrier.arrive(empty.index(stage), count=1)
                 n += 1
-            slot += -1 if REVERSE else 1
-        if KEEP_FINAL or segment < segments - 1:
+            slot += 1 - 2 * reverse
+        if (keep_final != 0) | (segment < segments - 1):
             gl.store(_address(carried, state * UNITS + unit, E, mma), acc)
             if segments > 1:
                 gl.thread_barrier()
                 gl.atomic_add(mine, 1, sem="release")
 
 
-@gluon.jit(do_not_specialize=["tokens", "segments"])
+@gluon.jit(
+    do_not_specialize=[
+        "pad", "tokens", "heads", "groups", "tiles", "runs", "segments", "reverse", "has_initial", "keep_final"
+    ]
+)  # fmt: skip
 def accumulate_kernel(
-    xt_desc, u_desc, gates, table, borders, pairs, carried, arrived, states, pad, tokens, heads, groups, tiles, runs, segments,
-    HAS_GATES: gl.constexpr, HAS_INITIAL: gl.constexpr, KEEP_FINAL: gl.constexpr, REVERSE: gl.constexpr,
-    D: gl.constexpr, E: gl.constexpr, STAGES: gl.constexpr,
+    xt_desc, u_desc, gates, table, borders, pairs, carried, arrived, states,
+    pad, tokens, heads, groups, tiles, runs, segments, reverse, has_initial, keep_final,
+    HAS_GATES: gl.constexpr, D: gl.constexpr, E: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """states [slots, heads, units·64, E] bfloat16: what enters each slot, pairs of different columns twice.
 
@@ -153,14 +153,14 @@ def accumulate_kernel(
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=2)
-    walk = (tokens, heads, tiles, runs, segments, groups)
+    walk = (tokens, heads, tiles, runs, segments, groups, reverse, has_initial, keep_final)
     gl.warp_specialize(
         [
             (_consume, (x_tiles, u_tiles, full, empty, gates, table, borders, pairs, carried, arrived, states, walk,
-                        0, HAS_GATES, HAS_INITIAL, KEEP_FINAL, REVERSE, D, E, STAGES)),
+                        0, HAS_GATES, D, E, STAGES)),
             (_consume, (x_tiles, u_tiles, full, empty, gates, table, borders, pairs, carried, arrived, states, walk,
-                        1, HAS_GATES, HAS_INITIAL, KEEP_FINAL, REVERSE, D, E, STAGES)),
-            (_fetch, (xt_desc, u_desc, x_tiles, u_tiles, full, empty, table, borders, pairs, pad, walk, REVERSE, D, E, STAGES)),
+                        1, HAS_GATES, D, E, STAGES)),
+            (_fetch, (xt_desc, u_desc, x_tiles, u_tiles, full, empty, table, borders, pairs, pad, walk, D, E, STAGES)),
         ],
         [4, 1],
         [240, 24],

@@ -25,8 +25,8 @@ def _place(item, table, heads, groups, tiles, slots):
 @gluon.jit
 def _fetch(
     q_desc, k_desc, v_desc, high_desc, low_desc, q_tiles, k_tiles, v_tiles, q_full, q_empty, full, empty,
-    table, heads, groups, tiles, slots,
-    HAS_STATE: gl.constexpr, HAS_INITIAL: gl.constexpr, D: gl.constexpr, E: gl.constexpr, STAGES: gl.constexpr,
+    table, heads, groups, tiles, slots, has_initial,
+    HAS_STATE: gl.constexpr, D: gl.constexpr, E: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     n = 0
     m = 0
@@ -39,7 +39,7 @@ def _fetch(
             tma.async_copy_global_to_shared(q_desc, [first + 64, row * D], q_full, q_tiles.index(1))
             m += 1
             if HAS_STATE:
-                if HAS_INITIAL or at_start == 0:
+                if (has_initial != 0) | (at_start == 0):
                     stage = n % STAGES
                     mbarrier.wait(empty.index(stage), (n // STAGES & 1) ^ 1)
                     mbarrier.expect(full.index(stage), 2 * high_desc.block_type.nbytes)
@@ -94,8 +94,8 @@ def _weight_before(gates, roots, token, edge, HAS_GATES: gl.constexpr, N: gl.con
 @gluon.jit
 def _consume(
     q_tiles, k_tiles, v_tiles, q_full, q_empty, full, empty, gates, roots, table, partial, traces, y,
-    tokens, heads, groups, tiles, slots,
-    WHO: gl.constexpr, HAS_GATES: gl.constexpr, HAS_STATE: gl.constexpr, HAS_INITIAL: gl.constexpr, NOISE: gl.constexpr,
+    tokens, heads, groups, tiles, slots, has_initial,
+    WHO: gl.constexpr, HAS_GATES: gl.constexpr, HAS_STATE: gl.constexpr, NOISE: gl.constexpr,
     D: gl.constexpr, E: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """64 queries: rows 64·WHO and on of a tile of 128."""
@@ -115,7 +115,7 @@ def _consume(
         slot, head, query_head, tile, first, end, at_start = _place(item, table, heads, groups, tiles, slots)
         if first < end:
             first = first + 64 * WHO
-            present = HAS_INITIAL or at_start == 0
+            present = (has_initial != 0) | (at_start == 0)
             mbarrier.wait(q_full, m & 1)
             m += 1
             queries = q_tiles.index(WHO).load(left)
@@ -213,11 +213,11 @@ def _consume(
             )
 
 
-@gluon.jit(do_not_specialize=["tokens", "tiles", "slots"])
+@gluon.jit(do_not_specialize=["tokens", "heads", "groups", "tiles", "slots", "has_initial"])
 def attend_kernel(
     q_desc, k_desc, v_desc, high_desc, low_desc, gates, roots, table, partial, traces, y,
-    tokens, heads, groups, tiles, slots,
-    HAS_GATES: gl.constexpr, HAS_STATE: gl.constexpr, HAS_INITIAL: gl.constexpr, NOISE: gl.constexpr,
+    tokens, heads, groups, tiles, slots, has_initial,
+    HAS_GATES: gl.constexpr, HAS_STATE: gl.constexpr, NOISE: gl.constexpr,
     D: gl.constexpr, E: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """y [tokens, heads·groups, E] at p = 2.  ``partial`` is what each query reads of its state, by ``read_state_kernel``.
@@ -241,11 +241,11 @@ def attend_kernel(
     gl.warp_specialize(
         [
             (_consume, (q_tiles, k_tiles, v_tiles, q_full, q_empty, full, empty, gates, roots, table, partial, traces, y,
-                        tokens, heads, groups, tiles, slots, 0, HAS_GATES, HAS_STATE, HAS_INITIAL, NOISE, D, E, STAGES)),
+                        tokens, heads, groups, tiles, slots, has_initial, 0, HAS_GATES, HAS_STATE, NOISE, D, E, STAGES)),
             (_consume, (q_tiles, k_tiles, v_tiles, q_full, q_empty, full, empty, gates, roots, table, partial, traces, y,
-                        tokens, heads, groups, tiles, slots, 1, HAS_GATES, HAS_STATE, HAS_INITIAL, NOISE, D, E, STAGES)),
+                        tokens, heads, groups, tiles, slots, has_initial, 1, HAS_GATES, HAS_STATE, NOISE, D, E, STAGES)),
             (_fetch, (q_desc, k_desc, v_desc, high_desc, low_desc, q_tiles, k_tiles, v_tiles, q_full, q_empty, full, empty,
-                      table, heads, groups, tiles, slots, HAS_STATE, HAS_INITIAL, D, E, STAGES)),
+                      table, heads, groups, tiles, slots, has_initial, HAS_STATE, D, E, STAGES)),
         ],
         [4, 1],
         [240, 24],

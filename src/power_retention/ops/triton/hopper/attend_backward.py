@@ -77,8 +77,8 @@ def _place_queries(item, table, heads, groups, tiles, slots):
 @gluon.jit
 def _fetch_for_queries(
     q_desc, k_desc, v_desc, dy_desc, high_desc, low_desc, q_tiles, dy_tiles, k_tiles, v_tiles, q_full, q_empty, full, empty,
-    table, heads, groups, tiles, slots,
-    HAS_STATE: gl.constexpr, HAS_INITIAL: gl.constexpr, D: gl.constexpr, E: gl.constexpr, STAGES: gl.constexpr,
+    table, heads, groups, tiles, slots, has_initial,
+    HAS_STATE: gl.constexpr, D: gl.constexpr, E: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The producer: of each tile the moments, the keys and values, and these again; queries as soon as there is room."""
     n = 0
@@ -89,7 +89,7 @@ def _fetch_for_queries(
         if first < end:
             moments = 0
             if HAS_STATE:
-                moments = gl.where(HAS_INITIAL or at_start == 0, D // 32, 0)
+                moments = gl.where((has_initial != 0) | (at_start == 0), D // 32, 0)
             blocks = 2 * tile + 2
             total = moments + 2 * blocks
             for step in range(total):
@@ -170,8 +170,8 @@ def _store_factors(factors, block, row, scale, inverse, d_den, since, lead, mask
 @gluon.jit
 def _consume_for_queries(
     q_tiles, dy_tiles, k_tiles, v_tiles, q_full, q_empty, full, empty, gates, roots, table, partial, traces,
-    dq, dn, factors, dz, flow, tokens, pad, heads, groups, tiles, slots,
-    WHO: gl.constexpr, HAS_GATES: gl.constexpr, HAS_STATE: gl.constexpr, HAS_INITIAL: gl.constexpr, WITH_DN: gl.constexpr,
+    dq, dn, factors, dz, flow, tokens, pad, heads, groups, tiles, slots, has_initial,
+    WHO: gl.constexpr, HAS_GATES: gl.constexpr, HAS_STATE: gl.constexpr, WITH_DN: gl.constexpr,
     NOISE: gl.constexpr, D: gl.constexpr, E: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """64 queries: rows 64·WHO and on of a tile of 128."""
@@ -192,7 +192,7 @@ def _consume_for_queries(
         before = tile * 128 + 64 * WHO
         first = start + before
         if first - 64 * WHO < end:
-            present = HAS_INITIAL or at_start == 0
+            present = (has_initial != 0) | (at_start == 0)
             valid = first + row < end
             mine = gates + head.to(gl.int64) * tokens
             weights = roots + head.to(gl.int64) * tokens
@@ -343,11 +343,11 @@ def _consume_for_queries(
             _copy_rows(dq, query_head * D, first, first, end, heads * groups * D, D, acc.to(gl.bfloat16))
 
 
-@gluon.jit(do_not_specialize=["tokens", "tiles", "slots"])
+@gluon.jit(do_not_specialize=["tokens", "pad", "heads", "groups", "tiles", "slots", "has_initial"])
 def query_grad_kernel(
     q_desc, k_desc, v_desc, dy_desc, high_desc, low_desc, gates, roots, table, partial, traces, dq, dn, factors, dz, flow,
-    tokens, pad, heads, groups, tiles, slots,
-    HAS_GATES: gl.constexpr, HAS_STATE: gl.constexpr, HAS_INITIAL: gl.constexpr, WITH_DN: gl.constexpr, NOISE: gl.constexpr,
+    tokens, pad, heads, groups, tiles, slots, has_initial,
+    HAS_GATES: gl.constexpr, HAS_STATE: gl.constexpr, WITH_DN: gl.constexpr, NOISE: gl.constexpr,
     D: gl.constexpr, E: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """dq [tokens, heads·groups, D] bfloat16, and what the other kernels need of the queries.
@@ -380,15 +380,15 @@ def query_grad_kernel(
         [
             (_consume_for_queries, (
                 q_tiles, dy_tiles, k_tiles, v_tiles, q_full, q_empty, full, empty, gates, roots, table, partial, traces,
-                dq, dn, factors, dz, flow, tokens, pad, heads, groups, tiles, slots,
-                0, HAS_GATES, HAS_STATE, HAS_INITIAL, WITH_DN, NOISE, D, E, STAGES)),
+                dq, dn, factors, dz, flow, tokens, pad, heads, groups, tiles, slots, has_initial,
+                0, HAS_GATES, HAS_STATE, WITH_DN, NOISE, D, E, STAGES)),
             (_consume_for_queries, (
                 q_tiles, dy_tiles, k_tiles, v_tiles, q_full, q_empty, full, empty, gates, roots, table, partial, traces,
-                dq, dn, factors, dz, flow, tokens, pad, heads, groups, tiles, slots,
-                1, HAS_GATES, HAS_STATE, HAS_INITIAL, WITH_DN, NOISE, D, E, STAGES)),
+                dq, dn, factors, dz, flow, tokens, pad, heads, groups, tiles, slots, has_initial,
+                1, HAS_GATES, HAS_STATE, WITH_DN, NOISE, D, E, STAGES)),
             (_fetch_for_queries, (
                 q_desc, k_desc, v_desc, dy_desc, high_desc, low_desc, q_tiles, dy_tiles, k_tiles, v_tiles,
-                q_full, q_empty, full, empty, table, heads, groups, tiles, slots, HAS_STATE, HAS_INITIAL, D, E, STAGES)),
+                q_full, q_empty, full, empty, table, heads, groups, tiles, slots, has_initial, HAS_STATE, D, E, STAGES)),
         ],
         [4, 1],
         [240, 24],
@@ -411,8 +411,8 @@ def _place_keys(item, table, heads, slots):
 @gluon.jit
 def _fetch_for_keys(
     q_desc, k_desc, v_desc, dy_desc, factors_desc, high_desc, low_desc, k_tiles, v_tiles, q_tiles, dy_tiles, factors,
-    k_full, k_empty, full, empty, table, pad, heads, groups, tiles, slots,
-    HAS_STATE: gl.constexpr, HAS_FINAL: gl.constexpr, D: gl.constexpr, E: gl.constexpr, STAGES: gl.constexpr,
+    k_full, k_empty, full, empty, table, pad, heads, groups, tiles, slots, has_final,
+    HAS_STATE: gl.constexpr, D: gl.constexpr, E: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The producer: of each tile the moments, all later blocks of queries, then the two blocks beside the keys."""
     n = 0
@@ -423,7 +423,7 @@ def _fetch_for_keys(
         if first < end:
             moments = 0
             if HAS_STATE:
-                moments = gl.where(HAS_FINAL or at_end == 0, D // 32, 0)
+                moments = gl.where((has_final != 0) | (at_end == 0), D // 32, 0)
             later = gl.maximum((end - start + 63) // 64 - 2 * tile - 2, 0)
             far = groups * later
             total = moments + far + 2 * groups
@@ -476,8 +476,8 @@ def _factor(factors, WHICH: gl.constexpr, layout: gl.constexpr):
 @gluon.jit
 def _consume_for_keys(
     k_tiles, v_tiles, q_tiles, dy_tiles, factors, k_full, k_empty, full, empty, gates, table, partial_k, partial_v,
-    dk, dv, flow, tokens, heads, groups, tiles, slots,
-    WHO: gl.constexpr, HAS_GATES: gl.constexpr, HAS_STATE: gl.constexpr, HAS_FINAL: gl.constexpr,
+    dk, dv, flow, tokens, heads, groups, tiles, slots, has_final,
+    WHO: gl.constexpr, HAS_GATES: gl.constexpr, HAS_STATE: gl.constexpr,
     D: gl.constexpr, E: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """64 keys: rows 64·WHO and on of a tile of 128.  dk is accumulated halved."""
@@ -499,13 +499,15 @@ def _consume_for_keys(
         before = tile * 128 + 64 * WHO
         first = start + before
         if first - 64 * WHO < end:
-            present = HAS_FINAL or at_end == 0
+            present = (has_final != 0) | (at_end == 0)
             mine = gates + head.to(gl.int64) * tokens
             valid = first + row < end
             mbarrier.wait(k_full, m & 1)
             m += 1
             acc_k = gl.zeros([64, D], gl.float32, out_k)
             acc_v = gl.zeros([64, E], gl.float32, out_v)
+            # k·dk, summed before anything is rounded: the gates' gradients are long sums of these.
+            own_flow = gl.zeros([64], gl.float32, r)
             if HAS_GATES:
                 # Queries after these keys are weighed relative to the last of them.
                 edge = gl.load(mine + gl.minimum(first + 63, end - 1))
@@ -521,11 +523,14 @@ def _consume_for_keys(
                             mbarrier.arrive(empty.index(stage), count=1)
                             n += 1
                     acc_k += _load_rows(partial_k, table, slot, before, head, heads, D, out_k) * 0.5
+                    own = k_tiles.index(WHO).load(out_k).to(gl.float32)
+                    own_flow = gl.convert_layout(gl.sum(acc_k * own, 1), r)
                     acc_v += _load_rows(partial_v, table, slot, before, head, heads, E, out_v)
                     if HAS_GATES:
                         leaving = gl.exp((gl.load(mine + end - 1) - edge).to(gl.float32))
                         acc_k *= leaving
                         acc_v *= leaving
+                        own_flow *= leaving
             for _ in range(groups):
                 for block in range(2 * tile + 2, (end - start + 63) // 64):
                     stage = n % STAGES
@@ -542,9 +547,12 @@ def _consume_for_keys(
                         inverse *= since
                         slope *= since
                         offset *= since
-                    s = s * _factor(factors.index(stage), SCALE, scores)
-                    p = gl.convert_layout((s * s * inverse).to(gl.bfloat16), weigh_v)
                     ds = s * (dw * slope + offset)
+                    scale = _factor(factors.index(stage), SCALE, scores)
+                    own_flow += gl.sum(ds * (s * scale), 1)
+                    ds = ds * scale
+                    s = s * scale
+                    p = gl.convert_layout((s * s * inverse).to(gl.bfloat16), weigh_v)
                     ds = gl.convert_layout(ds.to(gl.bfloat16), weigh_k)
                     acc_v = warpgroup_mma(p, dy_tiles.index(stage), acc_v, is_async=True)
                     acc_k = warpgroup_mma(ds, q_tiles.index(stage), acc_k, is_async=True)
@@ -554,6 +562,7 @@ def _consume_for_keys(
             if HAS_GATES:
                 gate = gl.load(mine + first + row, mask=valid, other=0.0)
                 until = gl.exp(gl.minimum(edge - gate, 0.0).to(gl.float32))
+                own_flow *= until
                 acc_k *= gl.expand_dims(gl.convert_layout(until, rows_k), 1)
                 acc_v *= gl.expand_dims(gl.convert_layout(until, rows_v), 1)
                 begin = gl.load(mine + first, mask=first < end, other=0.0)
@@ -595,26 +604,26 @@ def _consume_for_keys(
                         dw = dw * _factor(factors.index(stage), INVERSE, scores) + _factor(
                             factors.index(stage), DZ, scores
                         )
+                        weighed = weighed * dw
+                        own_flow += gl.sum(weighed * s, 1)
                         weighed *= _factor(factors.index(stage), SCALE, scores)
-                        ds = gl.convert_layout((weighed * dw).to(gl.bfloat16), weigh_k)
+                        ds = gl.convert_layout(weighed.to(gl.bfloat16), weigh_k)
                         acc_k = warpgroup_mma(ds, q_tiles.index(stage), acc_k, is_async=True)
                         acc_k, ds = warpgroup_mma_wait(0, deps=[acc_k, ds])
                     mbarrier.arrive(empty.index(stage), count=1)
                     n += 1
             acc_k *= 2
-            key = k_tiles.index(WHO).load(out_k).to(gl.float32)
             mbarrier.arrive(k_empty, count=1)
-            own_flow = gl.convert_layout(gl.sum(acc_k * key, 1), r)
-            gl.store(flow + head.to(gl.int64) * tokens + first + row, own_flow, mask=valid)
+            gl.store(flow + head.to(gl.int64) * tokens + first + row, 2 * own_flow, mask=valid)
             _copy_rows(dk, head * D, first, first, end, heads * D, D, acc_k.to(gl.bfloat16))
             _copy_rows(dv, head * E, first, first, end, heads * E, E, acc_v.to(gl.bfloat16))
 
 
-@gluon.jit(do_not_specialize=["tokens", "tiles", "slots"])
+@gluon.jit(do_not_specialize=["tokens", "pad", "heads", "groups", "tiles", "slots", "has_final"])
 def key_grad_kernel(
     q_desc, k_desc, v_desc, dy_desc, factors_desc, high_desc, low_desc, gates, table, partial_k, partial_v, dk, dv, flow,
-    tokens, pad, heads, groups, tiles, slots,
-    HAS_GATES: gl.constexpr, HAS_STATE: gl.constexpr, HAS_FINAL: gl.constexpr,
+    tokens, pad, heads, groups, tiles, slots, has_final,
+    HAS_GATES: gl.constexpr, HAS_STATE: gl.constexpr,
     D: gl.constexpr, E: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """dk [tokens, heads, D] and dv [tokens, heads, E] bfloat16; flow [heads, tokens] float32: k·dk.
@@ -641,14 +650,14 @@ def key_grad_kernel(
         [
             (_consume_for_keys, (
                 k_tiles, v_tiles, q_tiles, dy_tiles, factors, k_full, k_empty, full, empty, gates, table, partial_k, partial_v,
-                dk, dv, flow, tokens, heads, groups, tiles, slots, 0, HAS_GATES, HAS_STATE, HAS_FINAL, D, E, STAGES)),
+                dk, dv, flow, tokens, heads, groups, tiles, slots, has_final, 0, HAS_GATES, HAS_STATE, D, E, STAGES)),
             (_consume_for_keys, (
                 k_tiles, v_tiles, q_tiles, dy_tiles, factors, k_full, k_empty, full, empty, gates, table, partial_k, partial_v,
-                dk, dv, flow, tokens, heads, groups, tiles, slots, 1, HAS_GATES, HAS_STATE, HAS_FINAL, D, E, STAGES)),
+                dk, dv, flow, tokens, heads, groups, tiles, slots, has_final, 1, HAS_GATES, HAS_STATE, D, E, STAGES)),
             (_fetch_for_keys, (
                 q_desc, k_desc, v_desc, dy_desc, factors_desc, high_desc, low_desc, k_tiles, v_tiles, q_tiles, dy_tiles,
                 factors, k_full, k_empty, full, empty, table, pad, heads, groups, tiles, slots,
-                HAS_STATE, HAS_FINAL, D, E, STAGES)),
+                has_final, HAS_STATE, D, E, STAGES)),
         ],
         [4, 1],
         [240, 24],

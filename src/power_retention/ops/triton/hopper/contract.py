@@ -10,34 +10,38 @@ from power_retention.ops.triton.hopper.common import power_of_two_scale
 
 
 @gluon.jit
-def _fetch(state_desc, stages, full, empty, first_row, GROUPS: gl.constexpr, STAGES: gl.constexpr):
-    """The producer: units of the state two by two, those of one first factor after the other; of an odd number one alone."""
-    n = 0
-    unit = 0
-    for i in range(GROUPS):
-        count = GROUPS - i
-        for pair in range((count + 1) // 2):
-            stage = n % STAGES
-            row = first_row + (unit + gl.maximum(2 * pair - count % 2, 0)) * 64
-            mbarrier.wait(empty.index(stage), (n // STAGES & 1) ^ 1)
-            mbarrier.expect(full.index(stage), state_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(state_desc, [row, 0], full.index(stage), stages.index(stage))
-            n += 1
-        unit += count
+def _send(state_desc, stages, full, empty, first_row, i, j, n, GROUPS: gl.constexpr, STAGES: gl.constexpr):
+    stage = n % STAGES
+    unit = i * GROUPS - i * (i - 1) // 2 + j - i
+    mbarrier.wait(empty.index(stage), (n // STAGES & 1) ^ 1)
+    mbarrier.expect(full.index(stage), state_desc.block_type.nbytes)
+    tma.async_copy_global_to_shared(state_desc, [first_row + unit * 64, 0], full.index(stage), stages.index(stage))
 
 
 @gluon.jit
-def _products(u, state, full, empty, phase, N: gl.constexpr):
-    """u·stateᵀ [64, N]; the state's rows are free again.
+def _fetch(state_desc, stages, full, empty, first_row, GROUPS: gl.constexpr, STAGES: gl.constexpr):
+    """The producer: units of the state, two rows of units at a time, column by column."""
+    n = 0
+    for i in range(0, GROUPS, 2):
+        _send(state_desc, stages, full, empty, first_row, i, i, n, GROUPS, STAGES)
+        n += 1
+        for j in range(i + 1, GROUPS):
+            _send(state_desc, stages, full, empty, first_row, i, j, n, GROUPS, STAGES)
+            _send(state_desc, stages, full, empty, first_row, i + 1, j, n + 1, GROUPS, STAGES)
+            n += 2
 
-    Products with operands in registers run at full speed from 128 columns on.
-    """
-    mbarrier.wait(full, phase)
-    out = gl.zeros([64, N], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16]))
-    out = warpgroup_mma(u, state.permute([1, 0]), out, use_acc=False, is_async=True)
+
+@gluon.jit
+def _products(u, stages, full, empty, n, STAGES: gl.constexpr):
+    """u·(one unit)ᵀ [64, 8, 8]: of each token the sums for second factor times first factor."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    stage = n % STAGES
+    mbarrier.wait(full.index(stage), n // STAGES & 1)
+    out = gl.zeros([64, 64], gl.float32, layout)
+    out = warpgroup_mma(u, stages.index(stage).permute([1, 0]), out, use_acc=False, is_async=True)
     out = warpgroup_mma_wait(0, deps=[out])
-    mbarrier.arrive(empty, count=1)
-    return out
+    mbarrier.arrive(empty.index(stage), count=1)
+    return gl.convert_layout(gl.reshape(out, [64, 8, 8]), _cube(), assert_trivial=True)
 
 
 @gluon.constexpr_function
@@ -59,11 +63,12 @@ def _add(target, value):
 @gluon.jit
 def _consume(
     u, x, out, factors, grads, stages, full, empty, start, end, head, groups, all_heads, blocks, block,
-    WHO: gl.constexpr, SCALE: gl.constexpr, D: gl.constexpr, E: gl.constexpr, STAGES: gl.constexpr,
+    scaled, WHO: gl.constexpr, D: gl.constexpr, E: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """64 tokens of one head: the ``block + WHO``-th of the heads' blocks."""
     GROUPS: gl.constexpr = D // 8
-    left: gl.constexpr = gl.DotOperandLayout(0, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]), 2)
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    left: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
     first_factor: gl.constexpr = gl.SliceLayout(1, _cube())
     second_factor: gl.constexpr = gl.SliceLayout(2, _cube())
     by_row: gl.constexpr = gl.BlockedLayout([1, 8], [32, 1], [4, 1], [1, 0])
@@ -75,7 +80,7 @@ def _consume(
     valid = ((token < end) & live)[:, None]
     own = (token.to(gl.int64) * all_heads + row)[:, None] * D
     scale = gl.full([64], 1.0, gl.float32, gl.SliceLayout(1, by_row))
-    if SCALE:
+    if scaled != 0:
         column = gl.arange(0, D, gl.SliceLayout(0, by_row))
         scale = power_of_two_scale(gl.load(x + own + column[None, :], mask=valid, other=0.0))
     eight = gl.arange(0, 8, gl.SliceLayout(0, by_row))
@@ -88,42 +93,35 @@ def _consume(
     left_u = gl.load(u + address, mask=((token < end) & live)[:, None], other=0.0)
 
     n = 0
-    for i in range(GROUPS):
-        left_x = gl.expand_dims(factors.index(WHO * GROUPS + i).load(first_factor).to(gl.float32), 1)
-        grad = gl.zeros([64, 8], gl.float32, first_factor)
-        alone = (GROUPS - i) % 2
-        if alone == 1:
-            stage = n % STAGES
-            product = _products(
-                left_u, stages.index(stage).slice(0, 64), full.index(stage), empty.index(stage), n // STAGES & 1, 64
-            )
-            product = gl.convert_layout(gl.reshape(product, [64, 8, 8]), _cube(), assert_trivial=True)
-            right = gl.expand_dims(factors.index(WHO * GROUPS + i).load(second_factor).to(gl.float32), 2)
-            grad += gl.sum(product * right, 1)
-            _add(grads.index(WHO * GROUPS + i), gl.sum(product * left_x, 2))
-            n += 1
-        for j in range(i + alone, GROUPS, 2):
-            stage = n % STAGES
-            both = _products(left_u, stages.index(stage), full.index(stage), empty.index(stage), n // STAGES & 1, 128)
-            product, other = gl.split(gl.permute(gl.reshape(both, [64, 2, 64]), [0, 2, 1]))
-            product = gl.convert_layout(gl.reshape(product, [64, 8, 8]), _cube(), assert_trivial=True)
-            right = gl.expand_dims(factors.index(WHO * GROUPS + j).load(second_factor).to(gl.float32), 2)
-            grad += gl.sum(product * right, 1)
-            _add(grads.index(WHO * GROUPS + j), gl.sum(product * left_x, 2))
-            other = gl.convert_layout(gl.reshape(other, [64, 8, 8]), _cube(), assert_trivial=True)
-            right = gl.expand_dims(factors.index(WHO * GROUPS + j + 1).load(second_factor).to(gl.float32), 2)
-            grad += gl.sum(other * right, 1)
-            _add(grads.index(WHO * GROUPS + j + 1), gl.sum(other * left_x, 2))
-            n += 1
-        _add(grads.index(WHO * GROUPS + i), grad)
+    for i in range(0, GROUPS, 2):
+        even = factors.index(WHO * GROUPS + i).load(first_factor).to(gl.float32)
+        odd = factors.index(WHO * GROUPS + i + 1).load(first_factor).to(gl.float32)
+        right = factors.index(WHO * GROUPS + i).load(second_factor).to(gl.float32)
+        product = _products(left_u, stages, full, empty, n, STAGES)
+        even_grad = gl.sum(product * gl.expand_dims(right, 2), 1)
+        _add(grads.index(WHO * GROUPS + i), gl.sum(product * gl.expand_dims(even, 1), 2))
+        odd_grad = gl.zeros([64, 8], gl.float32, first_factor)
+        n += 1
+        for j in range(i + 1, GROUPS):
+            right = factors.index(WHO * GROUPS + j).load(second_factor).to(gl.float32)
+            product = _products(left_u, stages, full, empty, n, STAGES)
+            even_grad += gl.sum(product * gl.expand_dims(right, 2), 1)
+            both = product * gl.expand_dims(even, 1)
+            product = _products(left_u, stages, full, empty, n + 1, STAGES)
+            odd_grad += gl.sum(product * gl.expand_dims(right, 2), 1)
+            both += product * gl.expand_dims(odd, 1)
+            _add(grads.index(WHO * GROUPS + j), gl.sum(both, 2))
+            n += 2
+        _add(grads.index(WHO * GROUPS + i), even_grad)
+        _add(grads.index(WHO * GROUPS + i + 1), odd_grad)
     for group in gl.static_range(GROUPS):
         gl.store(out + own + (group * 8 + eight)[None, :], grads.index(WHO * GROUPS + group).load(by_row), mask=valid)
 
 
-@gluon.jit(do_not_specialize=["blocks", "tiles"])
+@gluon.jit(do_not_specialize=["heads", "groups", "blocks", "tiles", "at_end", "always", "scaled"])
 def contract_state_kernel(
-    state_desc, u, x, table, out, heads, groups, blocks, tiles,
-    AT_END: gl.constexpr, ALWAYS: gl.constexpr, SCALE: gl.constexpr, D: gl.constexpr, E: gl.constexpr, STAGES: gl.constexpr,
+    state_desc, u, x, table, out, heads, groups, blocks, tiles, at_end, always, scaled,
+    D: gl.constexpr, E: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """out [tokens, heads·groups, D] float32 = the gradient of u·(φ(x)·state) by x; unwritten where a slot has no state.
 
@@ -136,11 +134,11 @@ def contract_state_kernel(
     slot = program // tiles // heads
     start = gl.load(table + slot * 4)
     end = gl.load(table + slot * 4 + 1)
-    if ALWAYS or gl.load(table + slot * 4 + (3 if AT_END else 2)) == 0:
+    if (always != 0) | (gl.load(table + slot * 4 + 2 + at_end) == 0):
         GROUPS: gl.constexpr = D // 8
         UNITS: gl.constexpr = GROUPS * (GROUPS + 1) // 2
         plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-        stages = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 128, E], state_desc.layout)
+        stages = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 64, E], state_desc.layout)
         factors = gl.allocate_shared_memory(gl.bfloat16, [3 * GROUPS, 64, 8], plain)
         grads = gl.allocate_shared_memory(gl.float32, [3 * GROUPS, 64, 8], plain)
         full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -151,11 +149,11 @@ def contract_state_kernel(
         gl.warp_specialize(
             [
                 (_consume, (u, x, out, factors, grads, stages, full, empty, start, end, head, groups, heads * groups, blocks,
-                            tile * 3, 0, SCALE, D, E, STAGES)),
+                            tile * 3, scaled, 0, D, E, STAGES)),
                 (_consume, (u, x, out, factors, grads, stages, full, empty, start, end, head, groups, heads * groups, blocks,
-                            tile * 3, 1, SCALE, D, E, STAGES)),
+                            tile * 3, scaled, 1, D, E, STAGES)),
                 (_consume, (u, x, out, factors, grads, stages, full, empty, start, end, head, groups, heads * groups, blocks,
-                            tile * 3, 2, SCALE, D, E, STAGES)),
+                            tile * 3, scaled, 2, D, E, STAGES)),
                 (_fetch, (state_desc, stages, full, empty, (slot * heads + head) * (UNITS * 64), GROUPS, STAGES)),
             ],
             [4, 4, 1],

@@ -32,7 +32,7 @@ def _halves(factors, ROWS: gl.constexpr):
 @gluon.jit
 def _consume(
     x, out, factors, stages, full, empty, tile_start, end, head, all_heads,
-    WHO: gl.constexpr, SCALE: gl.constexpr, D: gl.constexpr, E: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr,
+    scaled, WHO: gl.constexpr, D: gl.constexpr, E: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Tokens first + WHO·ROWS …: fetch their x, multiply with every unit, store."""
     GROUPS: gl.constexpr = D // 8
@@ -45,7 +45,7 @@ def _consume(
     token = begin + row
     own = x + (token * all_heads + head)[:, None] * D
     scale = gl.full([ROWS], 1.0, gl.float32, gl.SliceLayout(1, by_row))
-    if SCALE:
+    if scaled != 0:
         column = gl.arange(0, D, gl.SliceLayout(0, by_row))
         scale = power_of_two_scale(gl.load(own + column[None, :], mask=(token < end)[:, None], other=0.0))
     eight = gl.arange(0, 8, gl.SliceLayout(0, by_row))
@@ -78,10 +78,9 @@ def _consume(
     gl.store(address, acc, mask=(begin + row < end)[:, None])
 
 
-@gluon.jit(do_not_specialize=["tiles"])
+@gluon.jit(do_not_specialize=["heads", "groups", "tiles", "at_end", "always", "scaled"])
 def read_state_kernel(
-    state_desc, x, table, out, heads, groups, tiles,
-    AT_END: gl.constexpr, ALWAYS: gl.constexpr, SCALE: gl.constexpr,
+    state_desc, x, table, out, heads, groups, tiles, at_end, always, scaled,
     D: gl.constexpr, E: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """out [tokens, heads·groups, E] float32 = φ(x)·state of each token's slot; unwritten where a slot has no state.
@@ -98,7 +97,7 @@ def read_state_kernel(
     start = gl.load(table + slot * 4)
     end = gl.load(table + slot * 4 + 1)
     first = start + tile * 2 * ROWS
-    present = ALWAYS or gl.load(table + slot * 4 + (3 if AT_END else 2)) == 0
+    present = (always != 0) | (gl.load(table + slot * 4 + 2 + at_end) == 0)
     if first < end and present:
         GROUPS: gl.constexpr = D // 8
         UNITS: gl.constexpr = GROUPS * (GROUPS + 1) // 2
@@ -114,9 +113,9 @@ def read_state_kernel(
         gl.warp_specialize(
             [
                 (_consume, (x, out, factors, stages, full, empty, first.to(gl.int64), end, row.to(gl.int64), heads * groups,
-                            0, SCALE, D, E, ROWS, STAGES)),
+                            scaled, 0, D, E, ROWS, STAGES)),
                 (_consume, (x, out, factors, stages, full, empty, first.to(gl.int64), end, row.to(gl.int64), heads * groups,
-                            1, SCALE, D, E, ROWS, STAGES)),
+                            scaled, 1, D, E, ROWS, STAGES)),
                 (_fetch, (state_desc, stages, full, empty, first_row, UNITS, STAGES)),
             ],
             [4, 1],

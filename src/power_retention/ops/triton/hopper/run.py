@@ -74,16 +74,28 @@ def _canonical_rows(width: int, device: torch.device) -> tuple[Tensor, Tensor, T
     return canonical, a != b, source
 
 
+@lru_cache
 def _kernels(name: str) -> Any:
     return import_module(f"power_retention.ops.triton.hopper.{name}")
 
 
-def _boxes(x: Tensor, rows: int, columns: int) -> Any:
-    """How the copy engine sees a matrix: in boxes of ``rows`` by ``columns``."""
+@lru_cache
+def _descriptor(rows: int, columns: int) -> tuple[Any, list[int], Any]:
     gl = import_module("triton.experimental.gluon.language")
     hopper = import_module("triton.experimental.gluon.nvidia.hopper")
     box = [rows, columns]
-    return hopper.TensorDescriptor.from_tensor(x, box, gl.NVMMASharedLayout.get_default_for(box, gl.bfloat16))
+    return hopper.TensorDescriptor, box, gl.NVMMASharedLayout.get_default_for(box, gl.bfloat16)
+
+
+def _boxes(x: Tensor, rows: int, columns: int) -> Any:
+    """How the copy engine sees a matrix: in boxes of ``rows`` by ``columns``."""
+    describe, box, layout = _descriptor(rows, columns)
+    return describe(x, list(x.shape), list(x.stride()), box, layout)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """The copy engine reads from multiples of sixteen bytes only."""
+    return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 class HopperRun(Run):
@@ -94,6 +106,7 @@ class HopperRun(Run):
 
     def __init__(self, call: Call) -> None:
         super().__init__(call)
+        self.q, self.k, self.v = (_aligned(x) for x in (self.q, self.k, self.v))
         self.rows = len(unit_pairs(self.d)) * 64
 
     @cached_property
@@ -159,9 +172,8 @@ class HopperRun(Run):
         _kernels("accumulate").accumulate_kernel[(min(self.processors, tiles * self.heads * runs * segments),)](
             _boxes(columns.view(-1, plan.columns), 8, 64), _boxes(u.view(plan.columns, -1), 64, self.e),
             self.gates, plan.table, plan.borders, _pairs(self.d, self.device), carried, arrived, states,
-            plan.pad, self.tokens, self.heads, groups, tiles, runs, segments,
-            HAS_GATES=self.has_gates, HAS_INITIAL=initial is not None, KEEP_FINAL=keep_final, REVERSE=reverse,
-            D=self.d, E=self.e, STAGES=6, **_RESOURCES,
+            plan.pad, self.tokens, self.heads, groups, tiles, runs, segments, int(reverse), int(initial is not None),
+            int(keep_final), HAS_GATES=self.has_gates, D=self.d, E=self.e, STAGES=6, **_RESOURCES,
         )  # fmt: skip
         final = self.new(0)
         if keep_final:
@@ -188,7 +200,7 @@ class HopperRun(Run):
         out = self.new(self.tokens, heads, self.e)
         _kernels("read").read_state_kernel[(self.plan.slots * heads * count,)](
             _boxes(states.view(-1, self.e), 64, self.e), x, self.plan.table, out, self.heads, groups, count,
-            AT_END=at_end, ALWAYS=always, SCALE=scale, D=self.d, E=self.e, ROWS=128, STAGES=8, **_RESOURCES,
+            int(at_end), int(always), int(scale), D=self.d, E=self.e, ROWS=128, STAGES=8, **_RESOURCES,
         )  # fmt: skip
         return out
 
@@ -200,8 +212,8 @@ class HopperRun(Run):
         blocks = -(-self.plan.size // 64)
         tiles = -(-groups * blocks // 3)
         _kernels("contract").contract_state_kernel[(self.plan.slots * self.heads * tiles,)](
-            _boxes(states.view(-1, self.e), 128, self.e), u, x, self.plan.table, out, self.heads, groups, blocks, tiles,
-            AT_END=at_end, ALWAYS=always, SCALE=not at_end, D=self.d, E=self.e, STAGES=2 if self.d == 128 else 4,
+            _boxes(states.view(-1, self.e), 64, self.e), u, x, self.plan.table, out, self.heads, groups, blocks, tiles,
+            int(at_end), int(always), int(not at_end), D=self.d, E=self.e, STAGES=4 if self.d == 128 else 8,
             num_warps=4, maxnreg=128,
         )  # fmt: skip
         return out
@@ -221,8 +233,8 @@ class HopperRun(Run):
         _kernels("attend").attend_kernel[(min(self.processors, items),)](
             self.heads_of(self.q), self.heads_of(self.k, 128), self.heads_of(self.v, 128), high, low,
             self.gates, self.edges[0], plan.table, partial, traces, y,
-            self.tokens, self.heads, self.groups, tiles, plan.slots,
-            HAS_GATES=self.has_gates, HAS_STATE=reads, HAS_INITIAL=always, NOISE=NOISE_EPS, D=self.d, E=self.e,
+            self.tokens, self.heads, self.groups, tiles, plan.slots, int(always),
+            HAS_GATES=self.has_gates, HAS_STATE=reads, NOISE=NOISE_EPS, D=self.d, E=self.e,
             STAGES=2 if self.d == 128 else 4, **_RESOURCES,
         )  # fmt: skip
         return y
@@ -241,6 +253,10 @@ class HopperGradients(Gradients):
     """
 
     run: HopperRun
+
+    def __init__(self, run: HopperRun, dy: Tensor, d_memory: Tensor | None, d_normalizer: Tensor | None) -> None:
+        super().__init__(run, dy, d_memory, d_normalizer)
+        self.dy = _aligned(self.dy)
 
     @property
     def stages(self) -> int:
@@ -269,8 +285,8 @@ class HopperGradients(Gradients):
         _kernels("attend_backward").query_grad_kernel[(min(run.processors, tiles * plan.slots * run.query_heads),)](
             run.heads_of(run.q), keys, run.heads_of(run.v), run.heads_of(self.dy), high, low,
             run.gates, run.edges[0], plan.table, partial, traces, out.dq, out.dn, out.rows, out.dz, out.flow,
-            run.tokens, plan.pad, run.heads, run.groups, tiles, plan.slots,
-            HAS_GATES=run.has_gates, HAS_STATE=reads, HAS_INITIAL=always, WITH_DN=self.has_state, NOISE=NOISE_EPS,
+            run.tokens, plan.pad, run.heads, run.groups, tiles, plan.slots, int(always),
+            HAS_GATES=run.has_gates, HAS_STATE=reads, WITH_DN=self.has_state, NOISE=NOISE_EPS,
             D=run.d, E=run.e, STAGES=self.stages, **_RESOURCES,
         )  # fmt: skip
         return out
@@ -292,8 +308,7 @@ class HopperGradients(Gradients):
             run.heads_of(run.q), keys, run.heads_of(run.v), run.heads_of(self.dy),
             self._row_boxes(of_query.rows), high, low,
             run.gates, plan.table, partial_k, partial_v, dk, dv, flow,
-            run.tokens, plan.pad, run.heads, run.groups, tiles, plan.slots,
-            HAS_GATES=run.has_gates, HAS_STATE=self.has_state, HAS_FINAL=always,
-            D=run.d, E=run.e, STAGES=self.stages, **_RESOURCES,
+            run.tokens, plan.pad, run.heads, run.groups, tiles, plan.slots, int(always),
+            HAS_GATES=run.has_gates, HAS_STATE=self.has_state, D=run.d, E=run.e, STAGES=self.stages, **_RESOURCES,
         )  # fmt: skip
         return dk, dv, flow

@@ -1,8 +1,7 @@
 """Language models whose memory does not grow: power retention, from operator to served model.
 
 The names a user needs are here; each is loaded when first asked for, so that the operator does not wait for transformers,
-nor ``--help`` for torch.  Importing :mod:`power_retention.models`, or a name below that needs it, registers the models with
-the Auto classes.
+nor ``--help`` for torch.  The Auto classes of transformers know the models from then on.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from power_retention.errors import PowerRetentionError
+from power_retention.registration import register_models
 
 if TYPE_CHECKING:
     from power_retention.conversion.calibrate import calibrate_mixers
@@ -52,3 +52,6 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+register_models()

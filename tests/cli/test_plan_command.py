@@ -13,7 +13,7 @@ from power_retention.models import BrumbyConfig
 def test_a_preset(here: Here) -> None:  # noqa: F811
     out = here("plan", "qwen3-14b", "--context", "1M", "--gpus", "4xH200").out
     assert "qwen3-14b on 4 × H200" in out
-    for line in ("1,363.2 MB", "160.0 KiB", "29.54 GB", "GPU-hours, $", "1 M ←", "Assumed: 141 GB"):
+    for line in ("1,373.8 MB", "160.0 KiB", "29.54 GB", "GPU-hours, $", "1 M ←", "Assumed: 141 GB"):
         assert line in out, line
 
 

@@ -34,7 +34,7 @@ from power_retention.ops.triton.sizes import cheapest_chunk, workspace
 if TYPE_CHECKING:
     from power_retention.ops.ring import RingState
 
-_FORGET = -110.0
+FORGET = -110.0
 """exp of it is 0 in float32, and sums of it over a tile keep the digits of ordinary gates."""
 
 _CLOSED = -16.0
@@ -116,7 +116,7 @@ class TritonBackend:
             _kernels("decode").decode_kernel[splits, batch * heads](
                 q.contiguous(), k.contiguous(), v.contiguous(), None if log_g is None else log_g.contiguous(),
                 memory, normalizer, partial, _arrivals(batch * heads, q.device), y, heads, splits,
-                HAS_GATES=log_g is not None, FORGET=_FORGET, NOISE=NOISE_EPS, GROUPS=groups, D=d,
+                HAS_GATES=log_g is not None, FORGET=FORGET, NOISE=NOISE_EPS, GROUPS=groups, D=d,
                 DP=1 << (d - 1).bit_length(), E=e, EP=wide, BR=block, SPLITS=1 << (splits - 1).bit_length(), num_warps=4,
             )  # fmt: skip
         return y
@@ -135,7 +135,7 @@ class TritonBackend:
 
         Args:
             q, k, v, log_g, ring, slot_indices: as in :func:`power_retention.ops.power_retention_decode`.
-            shape: launch shape, chosen unless given.
+            shape: launch shape of the portable kernel, also where another would be chosen.
         """
         (_, tokens, _, d), e, groups = k.shape, v.shape[-1], q.shape[2] // k.shape[2]
         stored = (ring.memory, ring.normalizer, ring.keys, ring.values, ring.gates)
@@ -144,7 +144,11 @@ class TritonBackend:
             return None
         if ring.p != 2 or max(d, e) > WIDTHS[-1] or _power_of_two(tokens * groups) > 64 or ring.capacity > 256:
             return None
+        hopper = import_module("power_retention.ops.triton.hopper.ring")
         with _on(q.device):
+            if shape is None and hopper.covers(q, v, ring):
+                y: Tensor = hopper.decode(q, k, v, log_g, ring, slot_indices)
+                return y
             return _launch_ring(q, k, v, log_g, ring, slot_indices, shape or decode_shape(d, e, ring.memory.itemsize))
 
 
@@ -172,7 +176,7 @@ def _launch_ring(
         ring.memory, ring.normalizer, ring.keys, ring.values, ring.gates, ring.cursor, ring.arrived, partial, sums, y,
         heads, splits, ring.memory.stride(0), ring.normalizer.stride(0), ring.keys.stride(0), ring.values.stride(0),
         ring.gates.stride(0),
-        HAS_GATES=log_g is not None, HAS_SLOTS=slot_indices is not None, FORGET=_FORGET, NOISE=NOISE_EPS,
+        HAS_GATES=log_g is not None, HAS_SLOTS=slot_indices is not None, FORGET=FORGET, NOISE=NOISE_EPS,
         T=tokens, TP=_power_of_two(tokens), GROUPS=groups, M=max(16, rows), N=max(8, rows), R=rows,
         D=d, DP=_power_of_two(d, 16), E=e, EP=wide,
         L=ring.fold_size, LP=_power_of_two(ring.fold_size, 16), CP=_power_of_two(ring.capacity, 16), BR=shape.rows,
@@ -301,7 +305,7 @@ class Run:
         out = self.new(self.heads, self.tokens, dtype=torch.float64)
         block = min(1024, 1 << (self.plan.size - 1).bit_length())
         _kernels("prepare").gates_kernel[self.plan.slots, self.heads](
-            self.call.log_g.contiguous(), self.plan.table, out, self.tokens, self.heads, FORGET=_FORGET, BLOCK=block
+            self.call.log_g.contiguous(), self.plan.table, out, self.tokens, self.heads, FORGET=FORGET, BLOCK=block
         )
         return out
 

@@ -32,7 +32,7 @@ def covers(call: Call) -> bool:
         and call.q.device.type == "cuda"
         and torch.cuda.get_device_capability(call.q.device)[0] == 9
         and _states_addressable(call, width)
-        and _gluon_imports()
+        and gluon_imports()
     )
 
 
@@ -43,7 +43,8 @@ def _states_addressable(call: Call, width: int) -> bool:
 
 
 @lru_cache
-def _gluon_imports() -> bool:
+def gluon_imports() -> bool:
+    """Whether this Triton has what the kernels are written in."""
     try:
         import_module("power_retention.ops.triton.hopper.attend")
     except ImportError:

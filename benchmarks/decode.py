@@ -1,6 +1,6 @@
 """Times decoding through the ring on one GPU against cuDNN attention and copy bandwidth; prints lines and writes JSON.
 
-    python benchmarks/decode.py results.json [--quick]
+    python benchmarks/decode.py results.json [--quick | --compare]
 
 Every launch shape is checked against the float64 recurrence, over two folds, before it is timed; a wrong one is
 reported and not timed.  Times are a CUDA graph's: one token for each of several rings in turn, so that no state is read
@@ -26,6 +26,7 @@ from power_retention.ops import RingState
 from power_retention.ops.reference import recurrent_form
 from power_retention.ops.ring import FOLD_SIZE
 from power_retention.ops.triton.backend import TritonBackend
+from power_retention.ops.triton.hopper.ring import covers
 from power_retention.ops.triton.plan import DecodeShape, decode_shape
 
 QUERY_HEADS, HEADS, WIDTH = 40, 8, 128
@@ -43,6 +44,7 @@ CANDIDATES = [
     DecodeShape(rows=32, resident=3, warps=4, stages=8, registers=168),
     DecodeShape(rows=128, resident=1, warps=8, stages=4),
 ]
+PORTABLE = decode_shape(WIDTH, WIDTH, 2)
 backend = TritonBackend()
 
 
@@ -61,15 +63,19 @@ def new_ring(batch: int, fold_size: int, dtype: torch.dtype) -> RingState:
     )
 
 
-def step(tokens: list[Tensor], ring: RingState, shape: DecodeShape | None) -> Tensor:
-    y = backend.decode(*tokens, ring, None, shape)
+def step(
+    tokens: list[Tensor], ring: RingState, shape: DecodeShape | None, slot_indices: Tensor | None = None
+) -> Tensor:
+    y = backend.decode(*tokens, ring, slot_indices, shape)
     assert y is not None, "no kernel took the call"
     return y
 
 
-def decode_all(inputs: list[Tensor], ring: RingState, shape: DecodeShape | None) -> Tensor:
-    tokens = inputs[0].shape[1]
-    return torch.cat([step([x[:, t : t + 1].contiguous() for x in inputs], ring, shape) for t in range(tokens)], 1)
+def decode_all(
+    inputs: list[Tensor], ring: RingState, shape: DecodeShape | None, slot_indices: Tensor | None = None
+) -> Tensor:
+    tokens = ([x[:, t : t + 1].contiguous() for x in inputs] for t in range(inputs[0].shape[1]))
+    return torch.cat([step(token, ring, shape, slot_indices) for token in tokens], 1)
 
 
 def errors(batch: int, fold_size: int, dtype: torch.dtype, shape: DecodeShape | None) -> dict[str, float]:
@@ -116,6 +122,30 @@ def roll_back_is_exact(fold_size: int = 16) -> bool:
     decode_all(dropped, a, None)
     a.roll_back(5, check=False)
     return decode_all(then, a, None).equal(decode_all(then, b, None))
+
+
+def slots_are_only_places(fold_size: int = 16) -> bool:
+    """Sequences in slots out of order, one row without a slot, give what they give in order, bit for bit."""
+    inputs, slots = draw(4, 2 * fold_size + 5), torch.tensor([4, -1, 0, 2], device="cuda")
+    wanted, there = decode_all(inputs, new_ring(4, fold_size, torch.bfloat16), None), slots >= 0
+    ring = new_ring(6, fold_size, torch.bfloat16)
+    ring.memory[[1, 3, 5]] = torch.nan
+    got = decode_all(inputs, ring, None, slots)
+    untouched = bool(ring.memory[[1, 3, 5]].isnan().all())
+    return untouched and got[there].equal(wanted[there]) and not got[~there].any()
+
+
+def kernels_differ_by(fold_size: int = 16) -> float:
+    """Relative difference of outputs between the kernel chosen and the portable one where some rows fold and some do not."""
+    first, then = draw(3, 9), draw(3, 2 * fold_size + 9)
+    outputs = []
+    for shape in (None, PORTABLE):
+        ring = new_ring(3, fold_size, torch.bfloat16)
+        decode_all(first, ring, shape)
+        ring.roll_back(torch.tensor([0, 4, 7], device="cuda"))
+        outputs.append(decode_all(then, ring, shape).double())
+    got, want = outputs
+    return float((got - want).norm() / want.norm())
 
 
 def replay_times(call: Callable[[], Any], replays: int, warm_up: int) -> list[float]:
@@ -188,11 +218,29 @@ def attention(batch: int, context: int) -> float | str:
         return str(error).splitlines()[0]
 
 
+def kernel_name(shape: DecodeShape | None, dtype: torch.dtype) -> str:
+    q, _, v, _ = draw(1, 1)
+    return "hopper" if shape is None and covers(q, v, new_ring(1, FOLD_SIZE, dtype)) else "portable"
+
+
+def compare(report: dict[str, Any], copy: float) -> None:
+    """The kernel chosen and the portable one, at every batch."""
+    report["slots are only places"] = slots_are_only_places()
+    report["kernels differ by"] = kernels_differ_by()
+    print({name: report[name] for name in ("slots are only places", "kernels differ by")}, flush=True)
+    for batch in BATCHES:
+        rows = [measure(report, batch, FOLD_SIZE, torch.bfloat16, shape, copy) for shape in (None, PORTABLE)]
+        times = [f"{row['kernel']} {row['ms']:.4f}" for row in rows if "ms" in row]
+        print(f"batch {batch}: {', '.join(times)} ms, target {TARGETS_MS[batch]}", flush=True)
+
+
 def measure(
     report: dict[str, Any], batch: int, fold_size: int, dtype: torch.dtype, shape: DecodeShape | None, copy: float
 ) -> dict[str, Any]:
     row: dict[str, Any] = {"batch": batch, "L": fold_size, "state": str(dtype).removeprefix("torch.")}
-    row["shape"] = asdict(shape or decode_shape(WIDTH, WIDTH, dtype.itemsize))
+    row["kernel"] = kernel_name(shape, dtype)
+    if row["kernel"] == "portable":
+        row["shape"] = asdict(shape or decode_shape(WIDTH, WIDTH, dtype.itemsize))
     try:
         row["errors"] = errors(batch, fold_size, dtype, shape)
         if all(x <= TOLERANCE for x in row["errors"].values()):
@@ -204,7 +252,16 @@ def measure(
     report["decode"].append(row)
     figures = {name: round(x, 4) for name, x in row.items() if isinstance(x, float)}
     worst = max(row.get("errors", {"": float("nan")}).values())
-    print(batch, f"L={fold_size}", row["state"], *row["shape"].values(), figures, f"error {worst:.1e}", flush=True)
+    print(
+        batch,
+        f"L={fold_size}",
+        row["state"],
+        row["kernel"],
+        *row.get("shape", {}).values(),
+        figures,
+        f"error {worst:.1e}",
+        flush=True,
+    )
     if "refused" in row:
         print("  refused:", row["refused"], row.get("errors"), flush=True)
     return row
@@ -214,6 +271,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path")
     parser.add_argument("--quick", action="store_true", help="Few launch shapes, one fold size, no attention.")
+    parser.add_argument("--compare", action="store_true", help="Only Hopper's kernel beside the portable one.")
     options = parser.parse_args()
     torch.manual_seed(0)
     report: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "decode": []}
@@ -224,19 +282,27 @@ def main() -> None:
     print(
         "roll-back is exact", report["roll-back is exact"], "two streams agree", report["two streams agree"], flush=True
     )
-    for batch in BATCHES:
-        for shape in (None, *CANDIDATES[: 2 if options.quick else None]):
+    if options.compare:
+        compare(report, copy)
+    for batch in () if options.compare else BATCHES:
+        for shape in (None, PORTABLE, *CANDIDATES[: 1 if options.quick else None]):
             measure(report, batch, FOLD_SIZE, torch.bfloat16, shape, copy)
         timed = [row for row in report["decode"] if row["batch"] == batch and "ms" in row]
         if not timed:
             continue
         best = min(timed, key=lambda row: float(row["ms"]))
-        print(f"batch {batch}: best {best['ms']:.4f} ms, target {TARGETS_MS[batch]}", best["shape"], flush=True)
+        print(
+            f"batch {batch}: best {best['ms']:.4f} ms, target {TARGETS_MS[batch]}",
+            best["kernel"],
+            best.get("shape"),
+            flush=True,
+        )
         if not options.quick:
+            shape = DecodeShape(**best["shape"]) if "shape" in best else None
             for fold_size in (16, 64):
-                measure(report, batch, fold_size, torch.bfloat16, DecodeShape(**best["shape"]), copy)
+                measure(report, batch, fold_size, torch.bfloat16, shape, copy)
             measure(report, batch, FOLD_SIZE, torch.float32, None, copy)
-    if not options.quick:
+    if not (options.quick or options.compare):
         report["cudnn ms"] = {f"batch {b}, {name}": attention(b, n) for b in BATCHES for name, n in CONTEXTS.items()}
         print(report["cudnn ms"], flush=True)
     with open(options.path, "w") as file:

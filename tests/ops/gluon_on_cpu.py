@@ -54,7 +54,7 @@ class Shared:
         return self.tensor.clone()
 
     def store(self, value: Tensor) -> None:
-        assert value.dtype == self.tensor.dtype and value.shape == self.tensor.shape
+        assert (value.dtype, value.shape) == (self.tensor.dtype, self.tensor.shape), "a store of another kind"
         self.tensor.copy_(value)
 
 
@@ -122,7 +122,7 @@ def to_global(boxes: Boxes, start: list[Any], source: Shared) -> None:
 def load(pointer: Pointer, mask: Any = True, other: Any = 0, cache_modifier: str = "") -> Tensor:
     offset, mask = torch.broadcast_tensors(pointer.offset, torch.as_tensor(mask))
     flat, safe = pointer.flat(), torch.where(mask, offset, 0)
-    assert bool((safe >= 0).all()) and bool((safe < len(flat)).all()), "a load outside"
+    assert ((safe >= 0) & (safe < len(flat))).all(), "a load outside"
     return torch.where(mask, flat[safe], torch.tensor(other, dtype=flat.dtype))
 
 
@@ -130,7 +130,7 @@ def store(pointer: Pointer, value: Any, mask: Any = True) -> None:
     value = torch.as_tensor(value, dtype=None if isinstance(value, Tensor) else pointer.tensor.dtype)
     offset, value, mask = torch.broadcast_tensors(pointer.offset, value, torch.as_tensor(mask))
     flat, there = pointer.flat(), offset[mask]
-    assert bool((there >= 0).all()) and bool((there < len(flat)).all()), "a store outside"
+    assert ((there >= 0) & (there < len(flat))).all(), "a store outside"
     flat[there] = value[mask].to(flat.dtype)
 
 
@@ -160,7 +160,9 @@ class Language:
         self.lock = threading.Lock()
         self.program_id, self.num_programs = lambda axis: torch.tensor(program), lambda axis: torch.tensor(programs)
         nothing = lambda *args, **kwargs: None  # noqa: E731
-        self.BlockedLayout = self.SliceLayout = self.NVMMADistributedLayout = self.thread_barrier = self.assume = nothing
+        self.BlockedLayout = self.SliceLayout = self.NVMMADistributedLayout = self.thread_barrier = self.assume = (
+            nothing
+        )
         self.NVMMASharedLayout = SimpleNamespace(get_default_for=nothing)
 
     @staticmethod
@@ -199,7 +201,7 @@ class Language:
         def work(function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
             try:
                 function(*arguments)
-            except BaseException as error:  # noqa: BLE001  # told by the thread that waits
+            except BaseException as error:  # told by the thread that waits
                 errors.append(error)
 
         threads = [threading.Thread(target=work, args=group) for group in groups]

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
-from power_retention.ops import backends
+from power_retention.ops import RingState, backends
+from power_retention.ops.triton.hopper import ring as hopper_ring
 from power_retention.ops.triton.plan import make_plan
 
 HERE = Path(__file__).parent
@@ -51,6 +53,28 @@ def test_packed_slots_cover_every_token_once(size: int) -> None:
     assert plan.table.shape[0] == plan.slots >= int(plan.borders[-1])
 
 
-def test_the_ring_kernel_compiles_for_gpus() -> None:
+def test_the_ring_kernels_compile_for_gpus() -> None:
     done = run("compile_for_gpu.py", "90", "80")
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_the_hopper_ring_kernel_agrees_with_float64() -> None:
+    done = run("hopper_decoding_cases.py", TRITON_INTERPRET="0", OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+
+
+@pytest.mark.parametrize(("between", "fits"), [(0, True), (128, True), (24, False)])
+def test_pages_that_are_no_whole_rows_apart_go_to_the_portable_kernel(between: int, fits: bool) -> None:
+    ring = RingState.empty(3, 2, 64, dtype=torch.bfloat16, state_dtype=torch.bfloat16)
+    width = ring.memory[0].numel()
+    pages = torch.zeros(3, width + between, dtype=torch.bfloat16)[:, :width].unflatten(1, ring.memory.shape[1:])
+    assert hopper_ring.addressable(replace(ring, memory=pages)) is fits
+
+
+def test_states_past_what_the_copy_engine_counts_go_to_the_portable_kernel() -> None:
+    def ring(slots: int) -> RingState:
+        return RingState.empty(slots, 8, 128, dtype=torch.bfloat16, state_dtype=torch.bfloat16, device="meta")
+
+    rows = 8 * 8256
+    assert hopper_ring.addressable(ring((1 << 31) // rows))
+    assert not hopper_ring.addressable(ring((1 << 31) // rows + 1))

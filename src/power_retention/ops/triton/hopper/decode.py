@@ -109,7 +109,7 @@ def _arrive(
     gl.thread_barrier()
     if gl.atomic_add(arrived + here, 1, sem="acq_rel") == count:
         gl.atomic_xchg(arrived + here, 0)
-        _, k, v, log_g = new
+        k, v, log_g = new[1], new[2], new[3]
         partial, sums, y = results
         head = item % heads
         where: gl.constexpr = gl.BlockedLayout([1, 4], [128 // N, N // 4], [4, 1], [1, 0])
@@ -173,7 +173,7 @@ def _attend(
     one = gl.arange(0, 1, gl.SliceLayout(1, layout))
     line = gl.arange(0, N, gl.SliceLayout(1, layout))
     q, k, v, log_g = new
-    keys, values, gates, cursor, arrived, keys_stride, values_stride, gates_stride = ring
+    keys, values, gates, cursor, _arrived, keys_stride, values_stride, gates_stride = ring
     partial, sums, y = results
     begin = piece_start(gl.program_id(0), gl.num_programs(0), total)
     end = piece_start(gl.program_id(0) + 1, gl.num_programs(0), total)
@@ -280,9 +280,9 @@ def _read(
     line = gl.arange(0, N, gl.SliceLayout(1, layout))
     i = gl.arange(0, 64, gl.SliceLayout(0, layout))
     there = (line < GROUPS)[:, None]
-    q, k, v, log_g = new
-    keys, values, gates, cursor, arrived, keys_stride, values_stride, gates_stride = ring
-    partial, sums, y = results
+    q = new[0]
+    keys, values, gates, cursor, _arrived, keys_stride, values_stride, gates_stride = ring
+    partial, sums = results[0], results[1]
     program = gl.program_id(0)
     begin = piece_start(program, gl.num_programs(0), total)
     end = piece_start(program + 1, gl.num_programs(0), total)
@@ -372,7 +372,8 @@ def decode_kernel(
     state_desc, norm_desc, q, k, v, log_g, slot_indices, normalizer, keys, values, gates, cursor, arrived, partial, sums, y,
     heads, total, parts, page_rows, page_entries, keys_stride, values_stride, gates_stride,
     HAS_GATES: gl.constexpr, HAS_SLOTS: gl.constexpr, FORGET: gl.constexpr, NOISE: gl.constexpr, GROUPS: gl.constexpr,
-    N: gl.constexpr, D: gl.constexpr, E: gl.constexpr, L: gl.constexpr, LP: gl.constexpr, CP: gl.constexpr, STAGES: gl.constexpr,
+    N: gl.constexpr, D: gl.constexpr, E: gl.constexpr, L: gl.constexpr, LP: gl.constexpr, CP: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """y [B, heads·GROUPS, E] of one new token of each sequence q, k [B, heads, D], v, log_g, in slots ``slot_indices`` [B].
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from power_retention.ops.layout import state_width
 from power_retention.ops.triton.backend import FORGET, NOISE_EPS
-from power_retention.ops.triton.hopper.run import gluon_imports
+from power_retention.ops.triton.hopper.run import on_hopper
 
 if TYPE_CHECKING:
     from power_retention.ops.ring import RingState
@@ -30,8 +30,7 @@ def covers(q: Tensor, v: Tensor, ring: RingState) -> bool:
     """Whether the kernel takes one token of each row of q ``[B, 1, Hq, d]``, v ``[B, 1, H, e]``."""
     heads, width = v.shape[2], q.shape[-1]
     return (
-        q.device.type == "cuda"
-        and torch.cuda.get_device_capability(q.device)[0] == 9
+        on_hopper(q.device)
         and {q.dtype, v.dtype, ring.keys.dtype, ring.memory.dtype} == {torch.bfloat16}
         and ring.p == 2
         and q.shape[1] == 1
@@ -41,7 +40,6 @@ def covers(q: Tensor, v: Tensor, ring: RingState) -> bool:
         and ring.fold_size <= LONGEST_FOLD
         and _countable(q.shape[0] * heads, width, q.device)
         and addressable(ring)
-        and gluon_imports()
     )
 
 
@@ -118,7 +116,7 @@ def launch(
     kernel = import_module("power_retention.ops.triton.hopper.decode").decode_kernel
     kernel[(programs,)](
         *descriptors(ring), q.contiguous(), k.contiguous(), v.contiguous(),
-        ring.gates if log_g is None else log_g.contiguous(), ring.cursor if slot_indices is None else slot_indices,
+        ring.gates if log_g is None else log_g.contiguous(), ring.cursor if slot_indices is None else slot_indices.contiguous(),
         ring.normalizer, ring.keys, ring.values, ring.gates, ring.cursor, ring.arrived, partial, sums, y,
         heads, items * tiles_of(d), parts, ring.memory.stride(0) // e, ring.normalizer.stride(0),
         ring.keys.stride(0), ring.values.stride(0), ring.gates.stride(0),

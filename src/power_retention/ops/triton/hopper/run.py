@@ -29,10 +29,8 @@ def covers(call: Call) -> bool:
         and min(call.k.shape[-1], call.v.shape[-1]) > 32
         and width is not None
         and width == value_width
-        and call.q.device.type == "cuda"
-        and torch.cuda.get_device_capability(call.q.device)[0] == 9
+        and on_hopper(call.q.device)
         and _states_addressable(call, width)
-        and gluon_imports()
     )
 
 
@@ -43,8 +41,10 @@ def _states_addressable(call: Call, width: int) -> bool:
 
 
 @lru_cache
-def gluon_imports() -> bool:
-    """Whether this Triton has what the kernels are written in."""
+def on_hopper(device: torch.device) -> bool:
+    """Whether that is a GPU the kernels of this folder are for, and this Triton has the language they are written in."""
+    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device)[0] != 9:
+        return False
     try:
         import_module("power_retention.ops.triton.hopper.attend")
     except ImportError:

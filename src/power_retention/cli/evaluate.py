@@ -49,54 +49,114 @@ def evaluate(
         str, typer.Option(help="Context lengths to measure decoding at, comma-separated; empty for none.")
     ] = "1024,4096,16384,32768",
     prompt: Annotated[str, typer.Option(help="Prompt of the sample; empty for none.")] = _PROMPT,
+    tasks: Annotated[
+        str,
+        typer.Option(
+            help="Benchmarks, comma-separated: arc, arc-easy, hellaswag, mmlu, mmlu-pro, gsm8k, gsm8k-platinum, math, "
+            "math-500, mbpp, humaneval, arc-generation, mmlu-generation, or any task of lm-evaluation-harness."
+        ),
+    ] = "",
+    task_folder: Annotated[
+        Path | None, typer.Option(help="Folder of task definitions that take precedence, for documents on disk.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task; all by default.")] = None,
+    shots: Annotated[
+        int | None, typer.Option(min=0, help="Examples in a prompt; each task's custom by default.")
+    ] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens of a generated answer.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 8,
+    run_code: Annotated[bool, typer.Option(help="Execute the programs that models write (mbpp, humaneval).")] = False,
+    hard_swap: Annotated[bool, typer.Option(help="Ask the hard swap too.")] = True,
+    precision: Annotated[
+        str, typer.Option(help="float32, bfloat16 or auto (bfloat16 on a GPU), of models that are asked tasks.")
+    ] = "auto",
     out: Annotated[Path | None, typer.Option(help="Folder of the report; MODEL/evaluation by default.")] = None,
     seed: Seed = 0,
     json: Json = False,
 ) -> None:
-    """Hold a model against its Transformer parent: loss, text, and what decoding costs as the context grows.
+    """Hold a model against its Transformer parent: loss, text, what decoding costs as the context grows, and benchmarks.
 
-    Four losses on text that `retrain` held out: the teacher, the hard swap (bare mixers, the published way to start), the
-    calibrated conversion, and the model itself. Examples:
+    With --text: four losses on text that `retrain` held out, of the teacher, the hard swap (bare mixers, the published way to
+    start), the calibrated conversion, and the model itself. With --tasks (pip install power-retention[tasks]): scores, and
+    the share of the teacher's lead over guessing that is recovered. What an earlier call measured of the same weights
+    stays in the report. Examples:
 
         power-retention evaluate my-model-retrained --text corpus.jsonl
 
         power-retention evaluate my-model-retrained --text corpus.jsonl --contexts 1024,131072 --json
+
+        power-retention evaluate my-model-retrained --tasks arc,hellaswag,gsm8k --limit 200
     """
+    from power_retention.cli.tasks import TaskOptions, quiet_progress, run_tasks, show_tasks, task_names
+
+    quiet_progress()
     quiet_libraries()
     from power_retention.errors import DataError
     from power_retention.files import clear_write_errors, write_json
     from power_retention.ops.layout import has_state
 
-    if not text:
+    names = task_names(tasks)
+    if not text and not names:
         raise DataError(
-            "evaluate needs the text that the model was retrained on, to predict what was held out: --text FILE."
+            "evaluate needs the text that the model was retrained on, to predict what was held out: --text FILE; or "
+            "benchmarks: --tasks arc,hellaswag."
         )
-    lengths = _lengths(contexts)
-    with status.status("Opening model, teacher and text"):
+    lengths = _lengths(contexts) if text else []
+    options = TaskOptions(
+        names, task_folder, limit, shots, max_new_tokens, batch_size, run_code, hard_swap, precision, seed
+    )
+    suite = options.suite() if names else None
+    with status.status("Opening model, teacher and text" if text else "Opening model and teacher"):
         student, source = open_student(model).eval(), open_noted_teacher(model, teacher)
-        held_out = _held_out_windows(text, text_field, source, windows, length)
+        held_out = _held_out_windows(text, text_field, source, windows, length) if text else None
     if lengths and not has_state(student.config.head_dim, student.config.power):
         status.print(f"p = {student.config.power} leaves heads this wide no state: decoding is not measured.")
         lengths = []
-    losses = _losses(student, source.model, model, held_out)
-    report: dict[str, Any] = {
-        "model": str(model),
-        "teacher": source.name,
-        "held_out": {"windows": len(held_out), "length": held_out.shape[1]},
-        "losses": {name: {**loss.to_dict(), "recovered": _recovered(loss, losses)} for name, loss in losses.items()},
-    }
-    samples = _samples(student, source, prompt, seed) if prompt else {}
-    report["samples"] = {"prompt": prompt, **samples} if samples else {}
     out = out or model / "evaluation"
+    report = _earlier_report(out, model, student, source)
     with clear_write_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-    decode = _decode(model, source, lengths, out) if lengths else {}
-    report["decode"] = {name: [point.to_dict() for point in points] for name, points in decode.items()}
-    write_json(out / "evaluation.json", report)
+    losses, samples, decode = {}, {}, {}
+    if suite:
+        report["tasks"] = report.get("tasks", {}) | run_tasks(suite, options, student, source, report, out)
+        write_json(out / "evaluation.json", report)
+    if held_out is not None:
+        losses = _losses(student, source.model, model, held_out)
+        samples = _samples(student, source, prompt, seed) if prompt else {}
+        decode = _decode(model, source, lengths, out) if lengths else {}
+        report |= {
+            "held_out": {"windows": len(held_out), "length": held_out.shape[1]},
+            "losses": {
+                name: {**loss.to_dict(), "recovered": _recovered(loss, losses)} for name, loss in losses.items()
+            },
+            "samples": {"prompt": prompt, **samples} if samples else {},
+            "decode": {name: [point.to_dict() for point in points] for name, points in decode.items()},
+        }
+        write_json(out / "evaluation.json", report)
     if json:
         print_json(report)
-    else:
-        _show(report, losses, samples, prompt, decode, out)
+        return
+    if losses:
+        _show(report, losses, samples, prompt, decode)
+    if suite:
+        show_tasks({name: report["tasks"][name] for name in names})
+    written = ["evaluation.json", *(["decode.png"] if decode else []), *(["recovery.png"] if suite else [])]
+    results.print(f"\nReport in [bold]{escape(str(out))}[/]: {', '.join(written)}", highlight=False)
+
+
+def _earlier_report(out: Path, model: Path, student: PowerRetentionForCausalLM, source: Source) -> dict[str, Any]:
+    """The report so far if it is of the very same weights, else a new one."""
+    import json
+
+    from power_retention.conversion.source import fingerprint_weights
+
+    new = {"model": str(model), "teacher": source.name, "fingerprint": fingerprint_weights(student)}
+    try:
+        earlier = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))
+        same = all(earlier[key] == new[key] for key in ("teacher", "fingerprint"))
+    except (OSError, ValueError, KeyError, TypeError):
+        return new
+    return earlier | new if same else new
 
 
 def _lengths(contexts: str) -> list[int]:
@@ -203,7 +263,6 @@ def _show(
     samples: dict[str, str],
     prompt: str,
     decode: dict[str, list[DecodePoint]],
-    out: Path,
 ) -> None:
     rows = [
         (
@@ -232,6 +291,3 @@ def _show(
         columns = ("context, tokens", "teacher tokens/s", "student tokens/s", "faster", "teacher GB", "student GB")
         results.print()
         table("Decoding and resident memory (contexts simulated)", columns, costs)
-    results.print(
-        f"\nReport in [bold]{escape(str(out))}[/]: evaluation.json{', decode.png' if decode else ''}", highlight=False
-    )

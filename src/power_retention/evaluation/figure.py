@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from power_retention.evaluation.decode import DecodePoint
 from power_retention.evaluation.plan import Plan
 from power_retention.files import clear_write_errors
 
-TEACHER_COLOUR, STUDENT_COLOUR = "#b0413e", "#2f6690"
+TEACHER_COLOUR, STUDENT_COLOUR, PLAIN_COLOUR = "#b0413e", "#2f6690", "#b8b8b8"
 
 
 def draw_decode_figure(teacher: Sequence[DecodePoint], student: Sequence[DecodePoint], path: Path, title: str) -> None:
@@ -75,6 +76,46 @@ def draw_plan_figure(plan: Plan, path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].legend(frameon=False)
     figure.suptitle(f"{plan.name} on {plan.gpus} × {plan.gpu.name}: what fits, and its bandwidth bound")
+    with clear_write_errors(path):
+        figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def draw_recovery_figure(tasks: Mapping[str, Mapping[str, Any]], path: Path, title: str) -> None:
+    """Share of the teacher's lead over guessing that the model has, and the hard swap, with standard errors, as a PNG.
+
+    Args:
+        tasks: rows of :func:`power_retention.evaluation.comparison.compare` as plain values, by benchmark.
+        path: of the PNG.
+        title: above it.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import PercentFormatter
+
+    figure, axis = plt.subplots(figsize=(max(4.0, 1.6 + 1.1 * len(tasks)), 4.2), constrained_layout=True)
+    width = 0.38
+    for i, (model, colour) in enumerate((("student", STUDENT_COLOUR), ("hard swap", PLAIN_COLOUR))):
+        shares = [(x, task["recovered"].get(model)) for x, task in enumerate(tasks.values())]
+        shown = [(x, share["value"], share["error"] or 0.0) for x, share in shares if share]
+        if shown:
+            at, values, errors = zip(*shown, strict=True)
+            places = [x + (i - 0.5) * width for x in at]
+            axis.bar(places, values, width, yerr=errors, color=colour, ecolor="#444444", capsize=3, label=model)
+    for x, task in enumerate(tasks.values()):
+        if not any(task["recovered"].values()):
+            axis.text(x, 0.02, "teacher\nat chance", ha="center", va="bottom", fontsize=8, color="#777777")
+    axis.axhline(1.0, color=TEACHER_COLOUR, lw=1, label="teacher")
+    axis.set_xticks(range(len(tasks)), [task["title"].replace(", ", ",\n") for task in tasks.values()])
+    axis.tick_params(axis="x", labelrotation=30 if len(tasks) > 4 else 0)
+    axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axis.set_ylabel("recovered of the lead over guessing")
+    axis.grid(axis="y", alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False)
+    axis.set_title(title)
     with clear_write_errors(path):
         figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -62,7 +62,7 @@ def model_card(config: PowerRetentionConfig, evaluation: dict[str, Any] | None =
     )
     sections = [f"---\n{data.to_yaml()}\n---", _introduction(config, parent), _USE]
     if evaluation:
-        sections += [_recovery(evaluation), _decoding(evaluation)]
+        sections += [_recovery(evaluation), _benchmarks(evaluation), _decoding(evaluation)]
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
@@ -114,6 +114,49 @@ def _recovery(evaluation: dict[str, Any]) -> str:
     )
 
 
+def _benchmarks(evaluation: dict[str, Any]) -> str:
+    tasks = evaluation.get("tasks") or {}
+    if not tasks:
+        return ""
+    rows = [
+        "| "
+        + " | ".join(
+            (
+                task["title"],
+                f"{task['shots']}, by {task['kind']}",
+                f"{task['documents']:,}",
+                f"{task['chance']:.1%}",
+                _percent(task["scores"]["teacher"]),
+                _percent(task["scores"].get("hard swap")),
+                _percent(task["scores"]["student"]),
+                _percent(task["recovered"]["student"]),
+            )
+        )
+        + " |"
+        for task in tasks.values()
+    ]
+    harnesses = sorted({task["harness"] for task in tasks.values()})
+    return "\n".join(
+        (
+            "## Benchmarks",
+            "",
+            f"By {', '.join(harnesses)}, ± standard error. Recovered is (this model − chance) / (parent − chance), where the "
+            "parent is clearly above chance.",
+            "",
+            "| benchmark | examples in the prompt | documents | chance | parent | hard swap | this model | recovered |",
+            "|---|---|---|---|---|---|---|---|",
+            *rows,
+        )
+    )
+
+
+def _percent(estimate: dict[str, float | None] | None) -> str:
+    if estimate is None or estimate["value"] is None:
+        return "–"
+    error = estimate["error"]
+    return f"{100 * estimate['value']:.1f}" + ("" if error is None else f" ± {100 * error:.1f}") + " %"
+
+
 def _decoding(evaluation: dict[str, Any]) -> str:
     decode = evaluation.get("decode") or {}
     if not decode.get("teacher"):
@@ -141,6 +184,7 @@ def _read_report(path: Path) -> dict[str, Any] | None:
         report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         for loss in report.get("losses", {}).values():
             float(loss["loss"]) + float(loss["kl"]) + float(loss["recovered"])
+        _benchmarks(report)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SourceError(f"{path} is damaged ({type(error).__name__}: {error}); evaluate the model again.") from error
     return report

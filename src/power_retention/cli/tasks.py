@@ -1,0 +1,167 @@
+"""The benchmarks of ``power-retention evaluate --tasks``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from power_retention.cli.display import progress_bar, status, table
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from power_retention.conversion.source import Source
+    from power_retention.evaluation.benchmarks import Benchmark
+    from power_retention.evaluation.harness import Progress, Scores, Suite
+    from power_retention.models import PowerRetentionForCausalLM
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """What the command line says about benchmarks."""
+
+    names: list[str]
+    folder: Path | None
+    limit: int | None
+    shots: int | None
+    max_new_tokens: int | None
+    batch_size: int
+    run_code: bool
+    hard_swap: bool
+    precision: str
+    seed: int
+
+    def suite(self) -> Suite:
+        """The benchmarks, their documents loaded."""
+        self.placement()
+        try:
+            from power_retention.evaluation.harness import Suite
+        except ImportError as error:
+            from power_retention.errors import SourceError
+
+            raise SourceError(
+                f"Benchmarks need lm-evaluation-harness ({error}): pip install 'power-retention[tasks]'."
+            ) from error
+        with status.status("Loading benchmarks"):
+            return Suite(
+                self.names,
+                task_folder=self.folder,
+                limit=self.limit,
+                shots=self.shots,
+                max_new_tokens=self.max_new_tokens,
+                run_code=self.run_code,
+                seed=self.seed,
+            )
+
+    def placement(self) -> tuple[torch.device, torch.dtype]:
+        """Where models run, and in what dtype."""
+        import torch
+
+        from power_retention.errors import ArgumentError
+
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        auto = torch.bfloat16 if device.type == "cuda" else torch.float32
+        dtypes = {"auto": auto, "float32": torch.float32, "bfloat16": torch.bfloat16}
+        if self.precision not in dtypes:
+            raise ArgumentError(f"--precision must be float32, bfloat16 or auto, not {self.precision!r}.")
+        return device, dtypes[self.precision]
+
+
+def quiet_progress() -> None:
+    """Libraries that are imported from now on draw no bars: ours are enough."""
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+
+
+def task_names(tasks: str) -> list[str]:
+    """Names between commas, each once."""
+    return list(dict.fromkeys(name.strip() for name in tasks.split(",") if name.strip()))
+
+
+def run_tasks(
+    suite: Suite,
+    options: TaskOptions,
+    student: PowerRetentionForCausalLM,
+    source: Source,
+    report: dict[str, Any],
+    out: Path,
+) -> dict[str, Any]:
+    """Ask student, teacher and hard swap, one after the other; draw the figure; rows by benchmark, as plain values."""
+    from power_retention.conversion.convert import hard_swap
+    from power_retention.evaluation.comparison import HARD_SWAP, STUDENT, TEACHER, compare
+    from power_retention.evaluation.figure import draw_recovery_figure
+    from power_retention.evaluation.harness import HARNESS
+
+    device, dtype = options.placement()
+    models = {
+        TEACHER: _ask(suite, options, TEACHER, source.model, source),
+        STUDENT: _ask(suite, options, STUDENT, student, source),
+    }
+    if options.hard_swap:
+        models[HARD_SWAP] = _ask(suite, options, HARD_SWAP, hard_swap(source.model, student.config.power), source)
+    run = {
+        "harness": HARNESS,
+        "limit": options.limit,
+        "seed": options.seed,
+        "batch_size": options.batch_size,
+        "run_in": f"{str(dtype).removeprefix('torch.')} on {device.type}",
+    }
+    rows = {row.benchmark.name: {**row.to_dict(), **run} for row in compare(suite.benchmarks, models)}
+    everything = report.get("tasks", {}) | rows
+    draw_recovery_figure(everything, out / "recovery.png", f"Recovered of {source.name}")
+    return rows
+
+
+def _ask(suite: Suite, options: TaskOptions, name: str, model: PreTrainedModel, source: Source) -> dict[str, Scores]:
+    """Scores of one model.  Held-out losses may follow: weights that were narrowed are put back."""
+    device, dtype = options.placement()
+    before = [value.data for value in model.parameters()]
+    with ExitStack() as bar:
+
+        def begin(benchmark: Benchmark) -> Progress:
+            bar.close()
+            return bar.enter_context(progress_bar(f"{benchmark.title}, {name}"))
+
+        try:
+            for (
+                value
+            ) in model.parameters():  # buffers keep their dtype: rotary frequencies in bfloat16 are another model's
+                value.data = value.data.to(device, dtype)
+            model.to(device)
+            return suite.run(model, source.tokenizer, batch_size=options.batch_size, progress=begin)
+        finally:
+            model.to("cpu")
+            for value, data in zip(model.parameters(), before, strict=True):
+                value.data = data
+
+
+def show_tasks(rows: Mapping[str, Mapping[str, Any]]) -> None:
+    """Rows as a table."""
+    models = list(next(iter(rows.values()))["scores"])
+    lines = [
+        (
+            row["title"],
+            row["kind"],
+            f"{row['documents']:,}",
+            str(row["shots"]),
+            _percent({"value": row["chance"], "error": None}),
+            *(_percent(row["scores"][model]) for model in models),
+            *(_percent(row["recovered"][model]) for model in models[1:]),
+        )
+        for row in rows.values()
+    ]
+    columns = ("benchmark", "by", "documents", "shots", "chance, %", *(f"{model}, %" for model in models))
+    recovered = tuple(f"{model} recovers, %" for model in models[1:])
+    table("Benchmarks (± standard error; – where the teacher is not above chance)", columns + recovered, lines)
+
+
+def _percent(estimate: Mapping[str, float | None] | None) -> str:
+    if estimate is None or estimate["value"] is None:
+        return "–"
+    value, error = 100 * estimate["value"], estimate["error"]
+    return f"{value:.1f}" if error is None else f"{value:.1f} ± {100 * error:.1f}"

@@ -60,6 +60,14 @@ def smollm2(smollm2_gguf: Path) -> Source:
     return open_source(smollm2_gguf)
 
 
+@pytest.fixture(scope="session")
+def offline_tasks() -> Path:
+    """Definitions and documents of benchmarks, downloaded once into $POWER_RETENTION_CACHE or .cache."""
+    cache = Path(os.environ.get("POWER_RETENTION_CACHE", REPOSITORY / ".cache"))
+    subprocess.run([sys.executable, REPOSITORY / "scripts" / "fetch_tasks.py", "--cache", cache], check=True)
+    return cache / "tasks"
+
+
 @pytest.fixture
 def disk_of(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
     """Makes a folder that is a real disk of so many kilobytes; skips where mounting is not allowed."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from power_retention.cli.display import progress_bar, status, table
+from power_retention.cli.display import progress_bar, results, status, table
 
 if TYPE_CHECKING:
     import torch
@@ -99,8 +99,8 @@ def run_tasks(
 
     device, dtype = options.placement()
     models = {
-        TEACHER: _ask(suite, options, TEACHER, source.model, source),
         STUDENT: _ask(suite, options, STUDENT, student, source),
+        TEACHER: _ask(suite, options, TEACHER, source.model, source),
     }
     if options.hard_swap:
         models[HARD_SWAP] = _ask(suite, options, HARD_SWAP, hard_swap(source.model, student.config.power), source)
@@ -141,27 +141,29 @@ def _ask(suite: Suite, options: TaskOptions, name: str, model: PreTrainedModel, 
 
 
 def show_tasks(rows: Mapping[str, Mapping[str, Any]]) -> None:
-    """Rows as a table."""
+    """Rows as tables, one for each way of asking."""
     models = list(next(iter(rows.values()))["scores"])
-    lines = [
-        (
-            row["title"],
-            row["kind"],
-            f"{row['documents']:,}",
-            str(row["shots"]),
-            _percent({"value": row["chance"], "error": None}),
-            *(_percent(row["scores"][model]) for model in models),
-            *(_percent(row["recovered"][model]) for model in models[1:]),
-        )
-        for row in rows.values()
-    ]
-    columns = ("benchmark", "by", "documents", "shots", "chance, %", *(f"{model}, %" for model in models))
-    recovered = tuple(f"{model} recovers, %" for model in models[1:])
-    table("Benchmarks (± standard error; – where the teacher is not above chance)", columns + recovered, lines)
+    for kind in dict.fromkeys(row["kind"] for row in rows.values()):
+        lines = [
+            (
+                f"{row['title']}\n{row['shots']}-shot, {row['documents']:,} documents",
+                f"{100 * row['chance']:.1f}",
+                *(_percent(row["scores"][model]) for model in models),
+                _percent(row["recovered"]["student"]),
+            )
+            for row in rows.values()
+            if row["kind"] == kind
+        ]
+        table(f"By {kind}, % ± standard error", ("benchmark", "chance", *models, "recovered"), lines)
+    if not all(row["recovered"]["student"] for row in rows.values()):
+        results.print("– : the teacher is not clearly above chance, and a share of its lead would mean nothing.")
+    for row in rows.values():
+        if row["cut"]:
+            results.print(f"{row['title']}: {row['cut']:,} prompts were too long for the model, and lost their beginning.")
 
 
 def _percent(estimate: Mapping[str, float | None] | None) -> str:
     if estimate is None or estimate["value"] is None:
         return "–"
     value, error = 100 * estimate["value"], estimate["error"]
-    return f"{value:.1f}" if error is None else f"{value:.1f} ± {100 * error:.1f}"
+    return f"{value:.1f}" if error is None else f"{value:.1f}\n± {100 * error:.1f}"

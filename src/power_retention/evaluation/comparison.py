@@ -28,6 +28,7 @@ class Row:
         metric: what was counted.
         kind: "likelihood" or "generation".
         shots: examples in the prompt.
+        cut: prompts that lost their beginning.
     """
 
     benchmark: Benchmark
@@ -38,6 +39,7 @@ class Row:
     metric: str
     kind: str
     shots: int
+    cut: int
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -47,6 +49,7 @@ class Row:
             "kind": self.kind,
             "shots": self.shots,
             "documents": self.documents,
+            "cut": self.cut,
             "chance": self.chance,
             "chance_source": self.benchmark.source,
             "scores": {model: score.to_dict() for model, score in self.scores.items()},
@@ -74,9 +77,10 @@ def _row(benchmark: Benchmark, models: Mapping[str, Scores]) -> Row:
         benchmark,
         len(teacher.values),
         float(teacher.chance.mean()),
-        {model: mean(scores.values) for model, scores in models.items()},
+        {model: mean(models[model].values) for model in (TEACHER, HARD_SWAP, STUDENT) if model in models},
         {model: recovery(scores.values, teacher.values, teacher.chance) for model, scores in others.items()},
         teacher.metric,
         teacher.kind,
         teacher.shots,
+        max(scores.cut for scores in models.values()),
     )

@@ -44,6 +44,7 @@ class Scores:
         metric: what was counted.
         kind: "likelihood" of given answers, or "generation" of text.
         shots: examples in the prompt.
+        cut: requests whose prompt lost its beginning, because the model was made for fewer positions.
     """
 
     values: Array
@@ -52,6 +53,7 @@ class Scores:
     metric: str
     kind: str
     shots: int
+    cut: int = 0
 
 
 class Suite:
@@ -133,6 +135,7 @@ class Suite:
         for task in tasks.values():
             task.set_fewshot_seed(self.seed)  # drawing examples moves it on
         torch.manual_seed(self.seed)
+        reader.cut = 0
         with _generation_that_fits(benchmark, reader):
             done = lm_eval.evaluate(
                 reader,
@@ -149,6 +152,7 @@ class Suite:
             parts[0].metric,
             parts[0].kind,
             parts[0].shots,
+            reader.cut,
         )
 
 
@@ -159,6 +163,7 @@ class _Reader(HFLM):  # type: ignore[misc]
         with _silent("lm_eval.models.huggingface"):  # that a model is given and not named is meant
             super().__init__(pretrained=model.eval(), tokenizer=tokenizer, backend="causal", batch_size=batch_size)
         self.progress: Progress | None = None
+        self.cut = 0
 
     def _model_call(self, inps: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         with torch.inference_mode():
@@ -170,10 +175,25 @@ class _Reader(HFLM):  # type: ignore[misc]
         answers: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
         return answers
 
+    def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **kwargs: Any) -> list[tuple[float, bool]]:
+        self.cut += sum(len(context) + len(answer) > self.max_length + 1 for _, context, answer in requests)
+        with _silent("lm_eval.models.huggingface"):  # which warns of each
+            answers: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, *args, **kwargs)
+        return answers
+
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         self.set_cache_hook(_Counter(self.progress, len(requests)))
         answers: list[str] = super().generate_until(requests, disable_tqdm=True)
         return answers
+
+    def tok_batch_encode(
+        self, strings: list[str], padding_side: str = "left", left_truncate_len: int | None = None, truncation: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        ids, mask = super().tok_batch_encode(strings, padding_side, None, truncation)
+        if left_truncate_len:
+            self.cut += int((mask.sum(-1) > left_truncate_len).sum())
+            ids, mask = ids[:, -left_truncate_len:], mask[:, -left_truncate_len:]
+        return ids, mask
 
 
 class _Counter(CacheHook):  # type: ignore[misc]

@@ -68,7 +68,8 @@ class Here:
 
     def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
         self.capsys, self.monkeypatch = capsys, monkeypatch
-        monkeypatch.setenv("COLUMNS", "80")
+        for name, value in {"COLUMNS": "80", "TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}.items():
+            monkeypatch.setenv(name, value)
 
     def __call__(self, *arguments: str | Path) -> Result:
         self.monkeypatch.setattr(sys, "argv", ["power-retention", *map(str, arguments)])

@@ -134,7 +134,9 @@ class TestSuite:
         import lm_eval
         from lm_eval.tasks import TaskManager
 
-        ours = Suite(["story_cloze"], task_folder=tasks, limit=20, shots=2, seed=5).run(teacher, tokenizer)["story_cloze"]
+        ours = Suite(["story_cloze"], task_folder=tasks, limit=20, shots=2, seed=5).run(teacher, tokenizer)[
+            "story_cloze"
+        ]
         theirs = lm_eval.simple_evaluate(
             HFLM(pretrained=teacher, tokenizer=tokenizer, batch_size=4),
             tasks=["story_cloze"],
@@ -183,14 +185,14 @@ class TestRefusals:
             Suite(["story_cloze"], task_folder=tmp_path)
 
     def test_programs_without_leave(self) -> None:
-        with pytest.raises(ArgumentError, match="mbpp executes the programs that the models write.*--run-code"):
+        with pytest.raises(ArgumentError, match=r"mbpp executes the programs that the models write.*--run-code"):
             Suite(["arc", "mbpp"])
 
     def test_answers_longer_than_the_model(
         self, tasks: Path, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     ) -> None:
         suite = Suite(["story_word"], task_folder=tasks, limit=1, max_new_tokens=600)
-        with pytest.raises(ArgumentError, match="longer than the 512 positions.*--max-new-tokens"):
+        with pytest.raises(ArgumentError, match=r"longer than the 512 positions.*--max-new-tokens"):
             suite.run(teacher, tokenizer)
 
     def test_a_score_that_is_no_mean(
@@ -198,13 +200,20 @@ class TestRefusals:
     ) -> None:
         definition = json.loads((tasks / "story_cloze.yaml").read_text())
         perplexity = {"output_type": "loglikelihood_rolling", "metric_list": [{"metric": "word_perplexity"}]}
-        (tmp_path / "story_cloze.yaml").write_text(json.dumps({**definition, **perplexity, "doc_to_target": "{{query}}"}))
+        (tmp_path / "story_cloze.yaml").write_text(
+            json.dumps({**definition, **perplexity, "doc_to_target": "{{query}}"})
+        )
         suite = Suite(["story_cloze"], task_folder=tmp_path, limit=2)
-        with pytest.raises(DataError, match="scores its documents by word_perplexity; a recovery needs one of acc_norm"):
+        with pytest.raises(
+            DataError, match="scores its documents by word_perplexity; a recovery needs one of acc_norm"
+        ):
             suite.run(teacher, tokenizer)
 
 
-BY_LIKELIHOOD, BY_GENERATION = ("arc", "arc-easy", "hellaswag", "mmlu"), ("gsm8k", "math", "math-500", "mbpp", "humaneval")
+BY_LIKELIHOOD, BY_GENERATION = (
+    ("arc", "arc-easy", "hellaswag", "mmlu"),
+    ("gsm8k", "math", "math-500", "mbpp", "humaneval"),
+)
 
 
 class TestWithoutTheHub:
@@ -222,7 +231,9 @@ class TestWithoutTheHub:
         assert set(scores.chance) == {0.25 if name in BY_LIKELIHOOD else 0.0}
         assert set(scores.values) <= {0.0, 1.0}
 
-    @pytest.mark.parametrize(("name", "documents"), [("humaneval", 164), ("mbpp", 500), ("gsm8k", 1319), ("math-500", 500)])
+    @pytest.mark.parametrize(
+        ("name", "documents"), [("humaneval", 164), ("mbpp", 500), ("gsm8k", 1319), ("math-500", 500)]
+    )
     def test_right_answers_pass(self, name: str, documents: int, offline_tasks: Path) -> None:
         """A model that knew the answers would score full marks: the documents, their solutions and the checks fit."""
         (task,) = Suite([name], task_folder=offline_tasks, run_code=True)._tasks[name].values()
@@ -232,7 +243,9 @@ class TestWithoutTheHub:
         for document in asked[:6]:
             answer = [document[field].split("#### ")[-1] if name == "gsm8k" else document[field]]
             if name == "math-500":
-                answer = [f"{answer[0]} Final Answer: The final answer is ${document['answer']}$. I hope it is correct."]
+                answer = [
+                    f"{answer[0]} Final Answer: The final answer is ${document['answer']}$. I hope it is correct."
+                ]
             metric = find_metric(task.process_results(document, answer))
             assert metric == 1, document
 

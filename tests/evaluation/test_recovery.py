@@ -77,7 +77,9 @@ class TestChance:
     def test_is_what_the_documents_say(self) -> None:
         assert find_benchmark("arc").chance_of({}, listed=5) == 0.2
         assert find_benchmark("mmlu-pro").chance_of({"options": ["x"] * 7}, listed=None) == pytest.approx(1 / 7)
-        assert find_benchmark("arc-generation").chance_of({"choices": {"text": ["x"] * 3}}, None) == pytest.approx(1 / 3)
+        assert find_benchmark("arc-generation").chance_of({"choices": {"text": ["x"] * 3}}, None) == pytest.approx(
+            1 / 3
+        )
 
     def test_is_the_level_given_where_they_do_not(self) -> None:
         assert find_benchmark("mmlu-pro").chance_of({"question": "?"}, listed=None) == 0.1

@@ -11,7 +11,17 @@ import typer
 from power_retention.cli.display import print_json, table
 from power_retention.cli.options import Json
 
-_PACKAGES = ("power-retention", "torch", "triton", "transformers", "safetensors", "numpy", "gguf", "accelerate")
+_PACKAGES = (
+    "power-retention",
+    "torch",
+    "triton",
+    "transformers",
+    "safetensors",
+    "numpy",
+    "gguf",
+    "accelerate",
+    "lm-eval",
+)
 
 
 def register(app: typer.Typer) -> None:

@@ -159,7 +159,9 @@ def show_tasks(rows: Mapping[str, Mapping[str, Any]]) -> None:
         results.print("– : the teacher is not clearly above chance, and a share of its lead would mean nothing.")
     for row in rows.values():
         if row["cut"]:
-            results.print(f"{row['title']}: {row['cut']:,} prompts were too long for the model, and lost their beginning.")
+            results.print(
+                f"{row['title']}: {row['cut']:,} prompts were too long for the model, and lost their beginning."
+            )
 
 
 def _percent(estimate: Mapping[str, float | None] | None) -> str:

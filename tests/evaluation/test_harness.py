@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from power_retention.conversion.convert import convert, hard_swap
 from power_retention.conversion.source import open_source
 from power_retention.errors import ArgumentError, DataError
+from power_retention.evaluation.benchmarks import benchmarks
 from power_retention.evaluation.comparison import compare
-from power_retention.evaluation.harness import HFLM, Suite, _Reader
+from power_retention.evaluation.harness import _DEFINITIONS, HFLM, Reader, Suite, _task_manager
 from story_tasks import write_story_tasks
 
 SENTENCES = (
@@ -68,7 +69,7 @@ def alone(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: s
 class TestPadding:
     """The harness pads likelihoods on the right and passes no mask; it pads generation on the left and passes one."""
 
-    @pytest.mark.parametrize("reader", [_Reader, None], ids=["ours", "the harness's own"])
+    @pytest.mark.parametrize("reader", [Reader, None], ids=["ours", "the harness's own"])
     @pytest.mark.parametrize("batch_size", [1, 8])
     def test_likelihoods_are_those_of_each_alone(
         self, reader: type[HFLM] | None, batch_size: int, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
@@ -90,16 +91,16 @@ class TestPadding:
         padded = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
         for i, row in enumerate(rows):
             padded[i, : len(row)] = torch.tensor(row)
-        got = _Reader(student, tokenizer, 8)._model_call(padded)
+        got = Reader(student, tokenizer, 8)._model_call(padded)
         for logits, row in zip(got, rows, strict=True):
-            wanted = _Reader(student, tokenizer, 1)._model_call(torch.tensor([row]))[0]
+            wanted = Reader(student, tokenizer, 1)._model_call(torch.tensor([row]))[0]
             torch.testing.assert_close(logits[: len(row)], wanted, rtol=1e-4, atol=1e-4)
 
     def test_texts_are_those_of_each_alone(self, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         arguments = tuple((before or "One day", {"until": ["."], "max_gen_toks": 12}) for before, _ in SENTENCES)
         texts = {}
         for batch_size in (1, 8):
-            reader = _Reader(student, tokenizer, batch_size)
+            reader = Reader(student, tokenizer, batch_size)
             texts[batch_size] = reader.generate_until(requests("generate_until", arguments))
         assert texts[1] == texts[8]
         assert len(set(texts[1])) == len(SENTENCES)
@@ -210,10 +211,62 @@ class TestRefusals:
             suite.run(teacher, tokenizer)
 
 
-BY_LIKELIHOOD, BY_GENERATION = (
-    ("arc", "arc-easy", "hellaswag", "mmlu"),
-    ("gsm8k", "math", "math-500", "mbpp", "humaneval"),
-)
+class TestDefinitions:
+    """The harness's own, as `benchmarks.toml` expects them."""
+
+    def test_every_benchmark_is_there_with_its_metric_and_filter(self) -> None:
+        for benchmark in benchmarks().values():
+            index = _task_manager([benchmark], None).task_index
+            for name in benchmark.tasks:
+                definition = index[name].cfg
+                if definition.get("unsafe_code"):
+                    assert benchmark.runs_code, name
+                    continue
+                metrics = definition.get("metric_list") or definition["aggregate_metric_list"]
+                assert benchmark.metric in {metric["metric"] for metric in metrics}, name
+                filters = {entry["name"] for entry in definition.get("filter_list", [])}
+                assert benchmark.filter is None or benchmark.filter in filters, name
+                assert not benchmark.runs_code, name
+
+    def test_the_two_whose_documents_only_the_hub_has(
+        self, tmp_path: Path, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        """On made-up documents of the published form."""
+        subjects = sorted(path.stem for path in (_DEFINITIONS / "mmlu_pro").glob("mmlu_pro_*.yaml"))
+        questions = [
+            {
+                "question": "What is two and two?",
+                "options": ["Three", "Four", "Five"] if i % 2 else ["Three", "Four", "Five", "Six"],
+                "answer": "B",
+                "answer_index": 1,
+                "cot_content": "A: Let's think step by step. The answer is (B).",
+                "category": subject.removeprefix("mmlu_pro_").replace("_", " "),
+            }
+            for i, subject in enumerate(2 * subjects)
+        ]
+        sums = [{"question": f"What is {i} and {i}?", "answer": f"{i} + {i} = {2 * i}\n#### {2 * i}"} for i in range(9)]
+        for name, documents in {"mmlu": questions, "sums": sums}.items():
+            (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
+        stock = {"gsm8k_platinum": "gsm8k_platinum/gsm8k-platinum.yaml", **{s: f"mmlu_pro/{s}.yaml" for s in subjects}}
+        for name, path in stock.items():
+            file = str(tmp_path / ("mmlu.jsonl" if "mmlu" in name else "sums.jsonl"))
+            definition = {
+                "include": str(_DEFINITIONS / path),
+                "dataset_path": "json",
+                "dataset_name": None,
+                "dataset_kwargs": {"data_files": {"test": file, "validation": file}},
+            }
+            (tmp_path / f"{name}.yaml").write_text(json.dumps(definition))
+        suite = Suite(["mmlu-pro", "gsm8k-platinum"], task_folder=tmp_path, limit=3, shots=1, max_new_tokens=8)
+        scores = suite.run(student, tokenizer)
+        assert len(scores["mmlu-pro"].values) == 28
+        assert sorted(set(scores["mmlu-pro"].chance)) == [1 / 4, 1 / 3]
+        assert len(scores["gsm8k-platinum"].values) == 3
+        assert {score.shots for score in scores.values()} == {1}
+
+
+BY_LIKELIHOOD = ("arc", "arc-easy", "hellaswag", "mmlu")
+BY_GENERATION = ("gsm8k", "math", "math-500", "mbpp", "humaneval", "arc-generation", "mmlu-generation")
 
 
 class TestWithoutTheHub:
@@ -223,12 +276,12 @@ class TestWithoutTheHub:
     def test_a_benchmark(
         self, name: str, offline_tasks: Path, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     ) -> None:
-        options = {"limit": 1 if name == "mmlu" else 2, "shots": 0, "max_new_tokens": 8, "run_code": True}
+        options = {"limit": 1 if name.startswith("mmlu") else 2, "shots": 0, "max_new_tokens": 8, "run_code": True}
         suite = Suite([name], task_folder=offline_tasks, **options)
         scores = suite.run(student, tokenizer)[name]
-        assert len(scores.values) == {"mmlu": 57, "math": 14}.get(name, 2)
+        assert len(scores.values) == {"mmlu": 57, "mmlu-generation": 57, "math": 14}.get(name, 2)
         assert scores.kind == ("likelihood" if name in BY_LIKELIHOOD else "generation")
-        assert set(scores.chance) == {0.25 if name in BY_LIKELIHOOD else 0.0}
+        assert set(scores.chance) == {0.25 if name in BY_LIKELIHOOD or name.endswith("-generation") else 0.0}
         assert set(scores.values) <= {0.0, 1.0}
 
     @pytest.mark.parametrize(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,7 +41,8 @@ class TaskOptions:
         """The benchmarks, their documents loaded."""
         self.placement()
         try:
-            from power_retention.evaluation.harness import Suite
+            with _silence():  # some of what the harness imports tells at length what it will do without
+                from power_retention.evaluation.harness import Suite
         except ImportError as error:
             from power_retention.errors import SourceError
 
@@ -78,6 +80,15 @@ def quiet_progress() -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 
+@contextmanager
+def _silence() -> Iterator[None]:
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
 def task_names(tasks: str) -> list[str]:
     """Names between commas, each once."""
     return list(dict.fromkeys(name.strip() for name in tasks.split(",") if name.strip()))
@@ -113,7 +124,7 @@ def run_tasks(
     }
     rows = {row.benchmark.name: {**row.to_dict(), **run} for row in compare(suite.benchmarks, models)}
     everything = report.get("tasks", {}) | rows
-    draw_recovery_figure(everything, out / "recovery.png", f"Recovered of {source.name}")
+    draw_recovery_figure(everything, out / "recovery.png", f"What is recovered of {source.name}")
     return rows
 
 

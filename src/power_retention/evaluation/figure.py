@@ -108,13 +108,15 @@ def draw_recovery_figure(tasks: Mapping[str, Mapping[str, Any]], path: Path, tit
         if not any(task["recovered"].values()):
             axis.text(x, 0.02, "teacher\nat chance", ha="center", va="bottom", fontsize=8, color="#777777")
     axis.axhline(1.0, color=TEACHER_COLOUR, lw=1, label="teacher")
+    axis.set_xlim(-0.6, len(tasks) - 0.4)
+    axis.set_ylim(top=max(1.1, axis.get_ylim()[1]))
     axis.set_xticks(range(len(tasks)), [task["title"].replace(", ", ",\n") for task in tasks.values()])
     axis.tick_params(axis="x", labelrotation=30 if len(tasks) > 4 else 0)
     axis.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axis.set_ylabel("recovered of the lead over guessing")
+    axis.set_ylabel("share of the teacher's lead over guessing")
     axis.grid(axis="y", alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False)
+    axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     axis.set_title(title)
     with clear_write_errors(path):
         figure.savefig(path, dpi=150)

@@ -123,14 +123,14 @@ class Suite:
             batch_size: sequences at once; changes speed and memory, and results by rounding only.
             progress: makes, for a benchmark, what is called with (requests done, requests).
         """
-        reader = _Reader(model, tokenizer, batch_size)
+        reader = Reader(model, tokenizer, batch_size)
         scores = {}
         for benchmark in self.benchmarks:
             reader.progress = progress(benchmark) if progress else None
             scores[benchmark.name] = self._run(benchmark, reader)
         return scores
 
-    def _run(self, benchmark: Benchmark, reader: _Reader) -> Scores:
+    def _run(self, benchmark: Benchmark, reader: Reader) -> Scores:
         tasks = self._tasks[benchmark.name]
         for task in tasks.values():
             task.set_fewshot_seed(self.seed)  # drawing examples moves it on
@@ -156,7 +156,7 @@ class Suite:
         )
 
 
-class _Reader(HFLM):  # type: ignore[misc]
+class Reader(HFLM):  # type: ignore[misc]
     """The harness's view of a model, with our progress, and no state kept where nothing is generated."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> None:
@@ -225,7 +225,7 @@ def _silent(logger: str) -> Iterator[None]:
 
 
 @contextmanager
-def _generation_that_fits(benchmark: Benchmark, reader: _Reader) -> Iterator[None]:
+def _generation_that_fits(benchmark: Benchmark, reader: Reader) -> Iterator[None]:
     try:
         yield
     except AssertionError as error:

@@ -154,7 +154,7 @@ def _percent(estimate: dict[str, float | None] | None) -> str:
     if estimate is None or estimate["value"] is None:
         return "–"
     error = estimate["error"]
-    return f"{100 * estimate['value']:.1f}" + ("" if error is None else f" ± {100 * error:.1f}") + " %"
+    return f"{100 * estimate['value']:.1f}" + ("" if error is None else f" ± {100 * error:.1f}") + "%"
 
 
 def _decoding(evaluation: dict[str, Any]) -> str:

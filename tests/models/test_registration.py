@@ -12,6 +12,11 @@ FIRST = {
     "configurations first": (
         "import power_retention; from transformers import AutoConfig; from transformers import AutoModelForCausalLM"
     ),
+    "a model of theirs first": "import power_retention; from transformers import LlamaForCausalLM, AutoModelForCausalLM",
+    "a part of theirs first": (
+        "import power_retention; from transformers.modeling_layers import GradientCheckpointingLayer; "
+        "from transformers import AutoModelForCausalLM"
+    ),
     "in between": "from transformers import AutoConfig; import power_retention; from transformers import AutoModelForCausalLM",
 }
 

@@ -4,6 +4,8 @@ lm-evaluation-harness opens models with the Auto classes, which know ours once :
 has no hook for that.  PyTorch has one: it calls the entry points of the group ``torch.backends`` at the end of ``import torch``
 (TORCH_DEVICE_BACKEND_AUTOLOAD=0 switches that off).  Ours leaves a note for Python's import system, and nothing else happens
 unless the harness's Hugging Face model is then imported: our models are imported just before it.
+
+This module is beside the package and not in it, so that programs that have nothing to do with us import nothing of it.
 """
 
 from __future__ import annotations

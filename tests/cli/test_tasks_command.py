@@ -14,7 +14,7 @@ import torch
 from test_cli import Here, here, run  # noqa: F401 (a fixture)
 from transformers import AutoModelForCausalLM
 
-from power_retention.plugin import register_with_harness
+from power_retention_plugin import register_with_harness
 from story_tasks import write_story_tasks
 
 needs_harness = pytest.mark.usefixtures("harness")
@@ -180,7 +180,7 @@ class TestTheHarnessItself:
         program = (
             "import torch, transformers, sys; print(sorted(m for m in sys.modules if m.startswith('power_retention')))"
         )
-        assert self.python(program) == "['power_retention', 'power_retention.errors', 'power_retention.plugin']"
+        assert self.python(program) == "['power_retention_plugin']"
 
     @staticmethod
     def python(program: str, **environment: str) -> str:

@@ -218,8 +218,8 @@ def attention(batch: int, context: int) -> float | str:
         return str(error).splitlines()[0]
 
 
-def kernel_name(shape: DecodeShape | None, dtype: torch.dtype) -> str:
-    q, _, v, _ = draw(1, 1)
+def kernel_name(batch: int, shape: DecodeShape | None, dtype: torch.dtype) -> str:
+    q, _, v, _ = draw(batch, 1)
     return "hopper" if shape is None and covers(q, v, new_ring(1, FOLD_SIZE, dtype)) else "portable"
 
 
@@ -238,7 +238,7 @@ def measure(
     report: dict[str, Any], batch: int, fold_size: int, dtype: torch.dtype, shape: DecodeShape | None, copy: float
 ) -> dict[str, Any]:
     row: dict[str, Any] = {"batch": batch, "L": fold_size, "state": str(dtype).removeprefix("torch.")}
-    row["kernel"] = kernel_name(shape, dtype)
+    row["kernel"] = kernel_name(batch, shape, dtype)
     if row["kernel"] == "portable":
         row["shape"] = asdict(shape or decode_shape(WIDTH, WIDTH, dtype.itemsize))
     try:

@@ -25,7 +25,11 @@ Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
 
 
 def quiet_libraries() -> None:
-    """Our own bars are enough."""
+    """Our own bars are enough, and what torchao cannot load when transformers looks for it concerns nobody here."""
+    import logging
+
+    for noisy in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
     import transformers
 
     transformers.utils.logging.disable_progress_bar()

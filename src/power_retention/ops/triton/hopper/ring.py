@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from power_retention.ops.layout import state_width
-from power_retention.ops.triton.backend import FORGET, NOISE_EPS
 from power_retention.ops.triton.hopper.run import on_hopper
+from power_retention.ops.triton.run import FORGET, NOISE_EPS
 
 if TYPE_CHECKING:
     from power_retention.ops.ring import RingState

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from power_retention.ops.backends import Call
-from power_retention.ops.triton.backend import NOISE_EPS, Gradients, Moments, QueryGradients, Run, index_matrix
+from power_retention.ops.triton.order import index_matrix
+from power_retention.ops.triton.run import NOISE_EPS, Gradients, Moments, QueryGradients, Run
 
 _RESOURCES = {"num_warps": 4, "maxnreg": 168}
 """Two groups of four warps with 240 registers a thread, and one warp that fetches."""

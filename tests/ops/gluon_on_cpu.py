@@ -6,16 +6,29 @@ Shared memory starts as NaN, and a load or store outside its tensor is an error.
 
 from __future__ import annotations
 
+import ast
+import inspect
+import textwrap
 import threading
+import time
 from collections.abc import Callable, Iterator
 from math import prod
-from types import ModuleType, SimpleNamespace
+from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from power_retention.ops.triton.hopper import common
+
 PATIENCE = 60.0
+failed = threading.Event()
+"""Set once somebody has: what others wait for will not come."""
+
+
+def keep_waiting(since: float) -> None:
+    assert not failed.is_set(), "somebody else failed"
+    assert time.monotonic() - since < PATIENCE, "waited for nothing"
 
 
 def scalar(x: Any) -> Any:
@@ -32,20 +45,28 @@ class Pointer:
     def __add__(self, other: Any) -> Pointer:
         return Pointer(self.tensor, self.offset + other)
 
+    def __sub__(self, other: Any) -> Pointer:
+        return Pointer(self.tensor, self.offset - other)
+
     def flat(self) -> Tensor:
         size = self.tensor.untyped_storage().size() // self.tensor.itemsize - self.tensor.storage_offset()
         return self.tensor.as_strided((size,), (1,))
 
 
 class Shared:
+    layout = None
+
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
 
     def index(self, i: Any) -> Shared:
         return Shared(self.tensor[int(i)])
 
-    def slice(self, start: int, length: int) -> Shared:
-        return Shared(self.tensor[start : start + length])
+    def slice(self, start: int, length: int, dim: int = 0) -> Shared:
+        return Shared(self.tensor.narrow(dim, start, length))
+
+    def _reinterpret(self, dtype: torch.dtype, shape: list[int], layout: Any) -> Shared:
+        return Shared(self.tensor.view(-1).view(dtype)[: prod(shape)].view(shape))
 
     def permute(self, order: list[int]) -> Shared:
         return Shared(self.tensor.permute(order))
@@ -69,14 +90,17 @@ class Barrier:
         with self.changed:
             self.pending -= arrivals
             self.bytes += size
+            assert self.pending >= 0, "more arrived than were expected"
             if self.pending == 0 and self.bytes == 0:
                 self.completed += 1
                 self.pending = self.count
                 self.changed.notify_all()
 
     def wait(self, phase: Any) -> None:
+        since = time.monotonic()
         with self.changed:
-            assert self.changed.wait_for(lambda: self.completed % 2 != int(phase), PATIENCE), "waited for nothing"
+            while not self.changed.wait_for(lambda: self.completed % 2 != int(phase), 1.0):
+                keep_waiting(since)
 
 
 class Barriers:
@@ -99,9 +123,12 @@ class Boxes:
     def span(self, start: list[Any]) -> tuple[Tensor, tuple[slice, ...]]:
         """(what of the box is in the tensor, where that is in the box)"""
         begins = [int(x) for x in start]
-        assert all(0 <= b < n for b, n in zip(begins, self.tensor.shape, strict=True)), "a box begins outside"
+        # The last rows are often fetched as two boxes, of which the second is all outside.
+        ends = [self.tensor.shape[0] + 2 * self.block_type.shape[0], *self.tensor.shape[1:]]
+        assert all(0 <= b < n for b, n in zip(begins, ends, strict=True)), "a box begins outside"
         view = self.tensor
         for axis, (begin, size) in enumerate(zip(begins, self.block_type.shape, strict=True)):
+            begin = min(begin, view.shape[axis])
             view = view.narrow(axis, begin, min(size, view.shape[axis] - begin))
         return view, tuple(slice(n) for n in view.shape)
 
@@ -138,9 +165,12 @@ def loop(*bounds: Any) -> Iterator[Tensor]:
     return map(torch.tensor, range(*map(int, bounds)))
 
 
-def product(a: Shared, b: Shared, acc: Tensor, *, is_async: bool) -> Tensor:
-    assert a.tensor.dtype == b.tensor.dtype == torch.bfloat16
-    return acc + a.tensor.float() @ b.tensor.float()
+def product(a: Shared | Tensor, b: Shared, acc: Tensor, *, is_async: bool, use_acc: bool = True) -> Tensor:
+    left = a.tensor if isinstance(a, Shared) else a
+    assert left.dtype == b.tensor.dtype == torch.bfloat16
+    result = left.float() @ b.tensor.float()
+    assert result.shape == acc.shape
+    return acc + result if use_acc else result
 
 
 def power_of_two_scale(x: Tensor) -> Tensor:
@@ -148,22 +178,43 @@ def power_of_two_scale(x: Tensor) -> Tensor:
     return torch.where(largest == 0, 1.0, torch.exp2(-torch.floor(torch.log2(largest))))
 
 
+def nothing(*arguments: Any, **options: Any) -> None:
+    pass
+
+
 class Language:
     """What stands for ``gl`` in one program."""
 
     float32, bfloat16, int32, int64 = torch.float32, torch.bfloat16, torch.int32, torch.int64
-    exp, zeros, full = torch.exp, staticmethod(lambda shape, dtype, _: torch.zeros(shape, dtype=dtype)), torch.full
-    expand_dims, sum = torch.unsqueeze, torch.sum
+    exp, abs, sum, expand_dims, reshape, permute = (
+        torch.exp, torch.abs, torch.sum, torch.unsqueeze, torch.reshape, torch.permute
+    )  # fmt: skip
     static_range, load, store = range, staticmethod(load), staticmethod(store)
+    BlockedLayout = SliceLayout = DotOperandLayout = NVMMADistributedLayout = SwizzledSharedLayout = staticmethod(
+        nothing
+    )
+    NVMMASharedLayout = SimpleNamespace(get_default_for=nothing)
+    thread_barrier = assume = staticmethod(nothing)
 
-    def __init__(self, program: int, programs: int) -> None:
-        self.lock = threading.Lock()
+    def __init__(self, program: int, programs: int, lock: threading.Lock) -> None:
+        self.lock, self.since = lock, time.monotonic()
         self.program_id, self.num_programs = lambda axis: torch.tensor(program), lambda axis: torch.tensor(programs)
-        nothing = lambda *args, **kwargs: None  # noqa: E731
-        self.BlockedLayout = self.SliceLayout = self.NVMMADistributedLayout = self.thread_barrier = self.assume = (
-            nothing
-        )
-        self.NVMMASharedLayout = SimpleNamespace(get_default_for=nothing)
+
+    @staticmethod
+    def zeros(shape: list[int], dtype: torch.dtype, layout: Any) -> Tensor:
+        return torch.zeros(shape, dtype=dtype)
+
+    @staticmethod
+    def full(shape: list[int], value: float, dtype: torch.dtype, layout: Any = None) -> Tensor:
+        return torch.full(shape, value, dtype=dtype)
+
+    @staticmethod
+    def split(x: Tensor) -> tuple[Tensor, ...]:
+        return x.unbind(-1)
+
+    @staticmethod
+    def convert_layout(x: Tensor, layout: Any, assert_trivial: bool = False) -> Tensor:
+        return x
 
     @staticmethod
     def arange(start: int, end: int, _: Any) -> Tensor:
@@ -183,9 +234,14 @@ class Language:
 
     @staticmethod
     def allocate_shared_memory(dtype: torch.dtype, shape: list[int], layout: Any) -> Any:
-        return Barriers(shape[0]) if dtype == torch.int64 else Shared(torch.full(shape, torch.nan, dtype=dtype))
+        if dtype == torch.int64:
+            return Barriers(shape[0]) if len(shape) == 2 else Barrier()
+        return Shared(torch.full(shape, torch.nan, dtype=dtype))
 
     def atomic_add(self, pointer: Pointer, value: int, sem: str = "") -> Tensor:
+        if value == 0:  # who asks again and again lets others work
+            time.sleep(1e-4)
+            keep_waiting(self.since)
         with self.lock:
             old = load(pointer)
             store(pointer, old + value)
@@ -200,9 +256,11 @@ class Language:
 
         def work(function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
             try:
-                function(*arguments)
+                with torch.no_grad():
+                    function(*arguments)
             except BaseException as error:  # told by the thread that waits
                 errors.append(error)
+                failed.set()
 
         threads = [threading.Thread(target=work, args=group) for group in groups]
         for thread in threads:
@@ -213,12 +271,46 @@ class Language:
             raise errors[0]
 
 
-class OnCPU:
-    """A kernel of ``module`` that runs here; programs take turns, in an order of their own."""
+class Rewritten(ast.NodeTransformer):
+    """Values are never changed: ``x += y`` makes another.  They have no layout."""
 
-    def __init__(self, module: ModuleType, name: str) -> None:
-        functions = {key: x.fn for key, x in vars(module).items() if type(x).__name__ == "GluonJITFunction"}
-        self.kernel, self.module, self.functions = functions[name], module, functions
+    def visit_AugAssign(self, node: ast.AugAssign) -> ast.AST:
+        assert isinstance(node.target, ast.Name)
+        changed = ast.BinOp(ast.Name(node.target.id, ast.Load()), node.op, node.value)
+        return ast.copy_location(ast.Assign([node.target], changed), self.generic_visit(node))
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
+        if node.attr == "layout" and isinstance(node.value, ast.Attribute) and node.value.attr == "type":
+            return ast.copy_location(ast.Constant(None), node)
+        return self.generic_visit(node)
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        node.decorator_list = []
+        return self.generic_visit(node)
+
+
+def rewritten(function: FunctionType) -> Any:
+    """Code that defines the function."""
+    lines, first = inspect.getsourcelines(function)
+    tree = Rewritten().visit(ast.parse(textwrap.dedent("".join(lines))))
+    ast.increment_lineno(tree, first - 1)
+    return compile(ast.fix_missing_locations(tree), inspect.getfile(function), "exec")
+
+
+def plain(x: Any) -> Any:
+    """What a kernel sees of a name of its module."""
+    kind = type(x).__name__
+    return nothing if kind == "ConstexprFunction" else x.value if kind == "constexpr" else x
+
+
+class OnCPU:
+    """A kernel of ``module`` that runs here; programs take turns, in an order of their own, or all run together."""
+
+    def __init__(self, module: ModuleType, name: str, *, together: bool = False) -> None:
+        self.names = {key: plain(x) for key, x in (vars(common) | vars(module)).items()} | STAND_INS
+        jitted = {x.fn.__name__: x.fn for x in self.names.values() if type(x).__name__ == "GluonJITFunction"}
+        self.code = [rewritten(function) for function in jitted.values()]
+        self.name, self.together, self.launches = name, together, 0
         self.order = torch.Generator().manual_seed(0)
         setattr(module, name, self)
 
@@ -228,35 +320,42 @@ class OnCPU:
                 Pointer(x) if isinstance(x, Tensor) else Boxes(x) if hasattr(x, "block_shape") else torch.tensor(x)
                 for x in arguments
             ]
-            for program in torch.randperm(grid[0], generator=self.order).tolist():
-                vars(self.module).update(self.replacements(Language(program, grid[0])))
-                self.kernel(*given, **constants)
+            self.launches += 1
+            lock, programs = threading.Lock(), torch.randperm(grid[0], generator=self.order).tolist()
+            work = [(self.run, (Language(n, grid[0], lock), given, constants)) for n in programs]
+            if self.together:
+                return Language.warp_specialize(work)
+            for function, where in work:
+                function(*where)
 
         return launch
 
-    def replacements(self, language: Language) -> dict[str, Any]:
-        def init(barrier: Barrier, count: int) -> None:
-            barrier.count = barrier.pending = count
+    def run(self, language: Language, given: list[Any], constants: dict[str, Any]) -> None:
+        names = self.names | {"gl": language}
+        for code in self.code:
+            exec(code, names)
+        names[self.name](*given, **constants)
 
-        functions = {name: x for name, x in self.functions.items() if x is not self.kernel}
-        return functions | {
-            "gl": language,
-            "range": loop,
-            "power_of_two_scale": power_of_two_scale,
-            "regular_inverse": lambda den, noise: (torch.nan_to_num(den / (den * den + noise * noise)), None),
-            "fence_async_shared": lambda: None,
-            "warpgroup_mma": product,
-            "warpgroup_mma_wait": lambda pending, deps: deps[0] if len(deps) == 1 else deps,
-            "mbarrier": SimpleNamespace(
-                init=init,
-                MBarrierLayout=lambda: None,
-                wait=Barrier.wait,
-                expect=lambda barrier, size: barrier.update(1, size),
-                arrive=lambda barrier, count: barrier.update(count, 0),
-            ),
-            "tma": SimpleNamespace(
-                async_copy_global_to_shared=to_shared,
-                async_copy_shared_to_global=to_global,
-                store_wait=lambda pending: None,
-            ),
-        }
+
+def init(barrier: Barrier, count: int) -> None:
+    barrier.count = barrier.pending = count
+
+
+STAND_INS = {
+    "range": loop,
+    "power_of_two_scale": power_of_two_scale,
+    "fence_async_shared": nothing,
+    "warpgroup_mma": product,
+    "warpgroup_mma_wait": lambda pending, deps: deps[0] if len(deps) == 1 else deps,
+    "mbarrier": SimpleNamespace(
+        init=init,
+        MBarrierLayout=nothing,
+        wait=Barrier.wait,
+        expect=lambda barrier, size: barrier.update(1, size),
+        arrive=lambda barrier, count: barrier.update(count, 0),
+    ),
+    "tma": SimpleNamespace(
+        async_copy_global_to_shared=to_shared, async_copy_shared_to_global=to_global, store_wait=nothing
+    ),
+}
+"""What stands for the machine's own operations."""

@@ -1,0 +1,59 @@
+"""The Hopper kernels, run on the CPU, forward and backward, against float64: a process of its own, where Triton interprets.
+
+The kernels that only prepare are interpreted; those of ``ops/triton/hopper`` run as :mod:`gluon_on_cpu` says.
+"""
+
+from __future__ import annotations
+
+import interpreter  # noqa: F401, I001  (before anything imports Triton)
+
+import sys
+from itertools import cycle
+
+import torch
+from gluon_on_cpu import OnCPU
+from triton_cases import Case, failures, poison
+
+from power_retention.ops.triton.hopper import accumulate, attend, attend_backward, contract, read, run
+
+bf16 = torch.bfloat16
+CASES = {
+    "two chunks, grouped heads, states": Case(1, 200, (2, 1), (64, 64), 128, dtype=bf16, state=True),
+    "packed with states": Case(1, 206, (2, 1), (64, 64), 128, dtype=bf16, state=True, runs=(5, 130, 1, 70)),
+    "two batch rows, two heads, no gates": Case(2, 150, (2, 2), (64, 64), 128, dtype=bf16, strongest=None),
+    "gates that forget everything": Case(1, 140, (1, 1), (64, 64), 64, dtype=bf16, strongest=-300.0, state=True),
+    "attention": Case(1, 270, (2, 1), (64, 64), 0, dtype=bf16),
+    "attention, packed, narrow heads": Case(1, 206, (2, 1), (40, 56), 0, dtype=bf16, runs=(5, 130, 1, 70)),
+    "one token": Case(1, 1, (1, 1), (64, 64), 128, dtype=bf16, state=True),
+    "walks in two segments": Case(1, 250, (1, 1), (64, 64), 32, dtype=bf16, state=True),
+    "width 128": Case(1, 140, (1, 1), (128, 128), 128, dtype=bf16, state=True),
+}
+
+
+def main(names: list[str]) -> int:
+    """Check the named cases, or all; the exit status counts the wrong ones."""
+    kernels = [
+        OnCPU(accumulate, "accumulate_kernel", together=True),
+        OnCPU(read, "read_state_kernel"),
+        OnCPU(contract, "contract_state_kernel"),
+        OnCPU(attend, "attend_kernel"),
+        OnCPU(attend_backward, "query_grad_kernel"),
+        OnCPU(attend_backward, "key_grad_kernel"),
+    ]
+    processors = cycle((3, 1, 4))
+    run.on_hopper = lambda device: True
+    run.HopperRun.processors = property(lambda self: next(processors))
+    torch.empty, torch.empty_like = poison(torch.empty), poison(torch.empty_like)
+    bad = 0
+    for name in names or CASES:
+        for kernel in kernels:
+            kernel.launches = 0
+        wrong = failures(CASES[name], "cpu")
+        assert all(kernel.launches for kernel in kernels[3:]), "other kernels were checked"
+        bad += bool(wrong)
+        print(f"{name}: {'; '.join(wrong) or 'right'}", flush=True)
+    return bad
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

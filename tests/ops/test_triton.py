@@ -53,9 +53,14 @@ def test_packed_slots_cover_every_token_once(size: int) -> None:
     assert plan.table.shape[0] == plan.slots >= int(plan.borders[-1])
 
 
-def test_the_ring_kernels_compile_for_gpus() -> None:
+def test_kernels_compile_for_gpus() -> None:
     done = run("compile_for_gpu.py", "90", "80")
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_the_hopper_kernels_agree_with_float64() -> None:
+    done = run("hopper_cases.py", TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
 
 
 def test_the_hopper_ring_kernel_agrees_with_float64() -> None:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from power_retention.cli import bench, card, convert, env, evaluate, generate, plan, retrain, state, tune
+from power_retention.cli import bench, card, convert, data, env, evaluate, generate, plan, retrain, state, tune
 from power_retention.cli.display import status
 from power_retention.errors import PowerRetentionError, RunInterrupted
 
@@ -21,7 +21,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-for module in (convert, retrain, evaluate, generate, state, card, plan, bench, tune, env):
+for module in (convert, data, retrain, evaluate, generate, state, card, plan, bench, tune, env):
     module.register(app)
 
 

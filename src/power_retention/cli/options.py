@@ -15,6 +15,10 @@ Text = Annotated[
     list[Path] | None,
     typer.Option("--text", help="Text file (.txt, .md, .json, .jsonl, .jsonl.xz) or folder of them; may be repeated."),
 ]
+Data = Annotated[
+    Path | None,
+    typer.Option("--data", help="Folder of token shards, or a TOML file that mixes several (`power-retention data`)."),
+]
 TextField = Annotated[str, typer.Option("--text-field", help="Field that holds the text of a JSON record.")]
 Teacher = Annotated[
     str | None,

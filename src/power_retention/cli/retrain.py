@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from power_retention.cli.display import print_json, progress_bar, results, status
 from power_retention.cli.options import (
+    Data,
     Json,
     Seed,
     Teacher,
@@ -24,6 +25,7 @@ from power_retention.cli.options import (
 if TYPE_CHECKING:
     from power_retention.conversion.source import Source
     from power_retention.models import PowerRetentionForCausalLM
+    from power_retention.training.mixture import Mixture
     from power_retention.training.recipe import Recipe
     from power_retention.training.run import Progress, RunFolder
     from power_retention.training.text import Tokens
@@ -41,6 +43,10 @@ def retrain(
     out: Annotated[Path, typer.Argument(help="A new folder for the retrained model and the records of the run.")],
     text: Text = None,
     text_field: TextField = "text",
+    data: Data = None,
+    on_damage: Annotated[
+        str, typer.Option(help="A damaged shard of --data: fail, or skip it and go on with the others.")
+    ] = "fail",
     teacher: Teacher = None,
     minutes: Annotated[float, typer.Option(help="How long to train; the number of steps follows from it.")] = 10.0,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps, instead of --minutes.")] = None,
@@ -66,6 +72,8 @@ def retrain(
         power-retention retrain my-model my-model-retrained --text corpus.jsonl --minutes 30
 
         power-retention retrain my-model my-model-retrained --text corpus.jsonl --resume
+
+        power-retention retrain my-model my-model-retrained --data mixture.toml --steps 5000 --batch 16 --length 2048
     """
     quiet_libraries()
     from power_retention.errors import DataError
@@ -73,30 +81,35 @@ def retrain(
     from power_retention.training.retraining import Retraining, fastest_precision, steps_within
     from power_retention.training.run import RunFolder, execute, remove_checkpoints
 
-    if not text:
-        raise DataError("retrain needs text to train on: --text FILE_OR_FOLDER.")
+    if bool(text) == bool(data):
+        raise DataError("retrain needs text to train on: either --text FILE_OR_FOLDER or --data SHARDS_OR_MIXTURE.")
     folder = RunFolder(out / "run")
     _check_folder(out, folder, resume)
     with status.status("Opening model and teacher"):
         student, source = open_student(model), open_noted_teacher(model, teacher)
+    mixture = _open_mixture(data, on_damage, source) if data else None
+    given = _inputs(model, source, text or [], text_field, mixture)
     if resume and folder.exists:
         recipe, inputs = folder.read_settings()
-        _check_same_inputs(inputs, _inputs(model, source, text, text_field))
-        documents = _training_documents(text, text_field, recipe.seed)
+        _check_same_inputs(inputs, given)
+        documents = _training_documents(text or [], text_field, recipe.seed)
     else:
-        documents = _training_documents(text, text_field, seed)
+        documents = _training_documents(text or [], text_field, seed)
         rates = {"align_lr": align_lr, "mixer_lr": mixer_lr, "other_lr": other_lr, "align_share": align_share}
         precision = fastest_precision() if precision == "auto" else _check_precision(precision)
         recipe = Recipe(steps or 1, batch=batch, length=length, seed=seed, precision=precision, **rates)  # type: ignore[arg-type]
         if steps is None:
             with status.status("Timing a step of each stage"):
-                tokens = _tokenize(documents, source, recipe, _PROBE_TOKENS)
+                tokens = mixture or _tokenize(documents, source, recipe, _PROBE_TOKENS)
                 seconds = Retraining(student, source.model, tokens, recipe).seconds_per_step()
             recipe = Recipe(**{**recipe.to_dict(), "steps": steps_within(minutes, seconds, align_share)})
+    if mixture:
+        mixture.batch(0, batch=1, length=recipe.length, seed=0)  # refuses sources shorter than a sequence
     with status.status("Tokenizing"):
-        tokens = _tokenize(documents, source, recipe, recipe.steps * recipe.batch * (recipe.length + 1))
+        wanted = recipe.steps * recipe.batch * (recipe.length + 1)
+        tokens = mixture or _tokenize(documents, source, recipe, wanted)
     if not folder.exists:
-        folder.begin(recipe, _inputs(model, source, text, text_field))
+        folder.begin(recipe, given)
     retraining = Retraining(student, source.model, tokens, recipe)
     with progress_bar(f"Retraining, {recipe.precision}") as update:
         execute(
@@ -142,8 +155,28 @@ def _check_precision(precision: str) -> str:
     return precision
 
 
-def _inputs(model: Path, source: Source, text: list[Path], field: str) -> dict[str, Any]:
-    return {
+def _open_mixture(data: Path, on_damage: str, source: Source) -> Mixture:
+    from power_retention.conversion.source import fingerprint_tokenizer
+    from power_retention.errors import ArgumentError, DataError
+    from power_retention.training.mixture import read_mixture
+
+    if on_damage not in ("fail", "skip"):
+        raise ArgumentError(f"--on-damage must be fail or skip, not {on_damage!r}.")
+    with progress_bar("Checking shards") as update:
+        mixture = read_mixture(data, on_damage=on_damage, progress=update)  # type: ignore[arg-type]
+    for sentence in (sentence for shards in mixture.sources.values() for sentence in shards.damage):
+        status.print(f"[bold]skipped:[/] {escape(sentence)}", soft_wrap=True, highlight=False)
+    if (own := fingerprint_tokenizer(source.tokenizer)) != mixture.tokenizer:
+        raise DataError(
+            f"{data} was made with a tokenizer of fingerprint {mixture.tokenizer}, the teacher's is {own}: make the shards with "
+            "the teacher's tokenizer."
+        )
+    return mixture
+
+
+def _inputs(model: Path, source: Source, text: list[Path], field: str, mixture: Mixture | None) -> dict[str, Any]:
+    data = {"data of fingerprint": mixture.fingerprint} if mixture else {}
+    return data | {
         "model": str(model.resolve()),
         "teacher": source.fingerprint,
         "text": [str(path.resolve()) for path in text],
@@ -155,15 +188,17 @@ def _check_same_inputs(noted: dict[str, Any], given: dict[str, Any]) -> None:
     from power_retention.errors import CheckpointError
 
     for name, value in noted.items():
-        if given[name] != value:
+        if given.get(name) != value:
             raise CheckpointError(
-                f"This run was begun with {name} {value}, not {given[name]}: resume it with the same."
+                f"This run was begun with {name} {value}, not {given.get(name)}: resume it with the same."
             )
 
 
 def _training_documents(text: list[Path], field: str, seed: int) -> list[str]:
     from power_retention.training.text import read_documents, split_held_out
 
+    if not text:
+        return []
     documents = split_held_out(read_documents(text, text_field=field))[0]
     random.Random(seed).shuffle(documents)
     return documents

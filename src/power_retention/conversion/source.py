@@ -94,6 +94,40 @@ def open_source(source: str | Path, *, dtype: torch.dtype = torch.float32) -> So
     return Source(model, tokenizer, name, kind, fingerprint_weights(model))
 
 
+def open_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer alone of a model directory (converted or not), a GGUF file or a hub id; no weights are read.
+
+    Raises:
+        SourceError: nothing is there, or it holds no tokenizer that can be loaded.
+    """
+    kind, path, where = _source_kind(source), Path(source).expanduser(), str(source)
+    with _quiet_transformers(), contextlib.ExitStack() as opened:
+        if kind == "directory":
+            _check_tokenizer_files(path, where)
+        elif kind == "gguf":
+            _check_packages(path)
+            directory = opened.enter_context(_alone(path))
+            opened.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        opened.enter_context(_loading("tokenizer", where))
+        if kind == "gguf":
+            return PreTrainedTokenizerFast.from_pretrained(directory, gguf_file=path.name)
+        return AutoTokenizer.from_pretrained(
+            path if kind == "directory" else where, local_files_only=kind == "directory"
+        )
+
+
+_PROBE = "It cost 1,234.50 euros — naïve?\n\tdef f(x):  return x**2  # 你好, мир 🙂"
+
+
+def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Sixteen hex digits that tell tokenizers apart by what they do: vocabulary, end token, and a probe's ids.
+
+    A tokenizer keeps its fingerprint when it is saved and opened again.
+    """
+    what = [sorted(tokenizer.get_vocab().items()), tokenizer.eos_token_id, tokenizer(_PROBE)["input_ids"]]
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
+
+
 def fingerprint_weights(model: nn.Module) -> str:
     """Sixteen hex digits that change when any weight does.
 
@@ -312,13 +346,17 @@ def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
         )
 
 
-def _open_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _check_packages(path: Path) -> None:
     for package in ("gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:
             raise SourceError(
                 f"Reading {path} takes the package {package!r}, which is not installed: "
                 "run 'pip install power-retention[gguf]'."
             )
+
+
+def _open_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    _check_packages(path)
     _check_gguf(path)
     where = str(path)
     # The reader's own bars and notices go to stderr past transformers' logging.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,10 +15,26 @@ from power_retention.conversion.calibrate import attention_visited, position_off
 from power_retention.machine import matmul_rate
 from power_retention.models import PowerRetentionForCausalLM
 from power_retention.training.losses import distillation_loss
+from power_retention.training.mixture import Mixture
 from power_retention.training.recipe import Recipe, Stage
 from power_retention.training.text import Tokens, sample_batch
 
 Metrics = dict[str, float]
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """What a step reads: ids, labels and positions ``[B, T]``; for packed documents the borders of the flattened ids as well."""
+
+    ids: Tensor
+    labels: Tensor
+    positions: Tensor
+    mask: Tensor | None = None  # [B, 1, T, T] boolean, for the teacher
+    cu_seqlens: Tensor | None = None
+
+    def row(self, x: Tensor) -> Tensor:
+        """``[B, T, …]`` as the student reads it: packed documents lie in a single row."""
+        return x if self.cu_seqlens is None else x.flatten(0, 1).unsqueeze(0)
 
 
 class Retraining:
@@ -26,12 +43,12 @@ class Retraining:
     Args:
         student: the converted model, in float32; it is trained in place.
         teacher: the Transformer it came from; it is only read.
-        tokens: the training text.
+        tokens: the training text: one row of it, or a mixture of token shards whose documents do not see each other.
         recipe: what to do.
     """
 
     def __init__(
-        self, student: PowerRetentionForCausalLM, teacher: PreTrainedModel, tokens: Tokens, recipe: Recipe
+        self, student: PowerRetentionForCausalLM, teacher: PreTrainedModel, tokens: Tokens | Mixture, recipe: Recipe
     ) -> None:
         self.student, self.teacher, self.tokens, self.recipe = student, teacher, tokens, recipe
         self.dtype = torch.bfloat16 if recipe.precision == "bfloat16" else torch.float32
@@ -57,48 +74,73 @@ class Retraining:
 
     def gradients(self, step: int, stage: Stage | None = None) -> Metrics:
         """Compute the gradients of a step without taking it; of another stage's loss if one is named."""
-        recipe = self.recipe
-        batch = sample_batch(self.tokens, batch=recipe.batch, length=recipe.length + 1, seed=recipe.seed, step=step)
-        largest = self.student.config.max_position_embeddings - recipe.length
-        offsets = position_offsets(recipe.batch, largest, seed=recipe.seed * 1_000_003 + step)
-        positions = (torch.arange(recipe.length) + offsets[:, None]).to(self.student.device)
-        batch = batch.to(self.student.device)
-        ids, labels = batch[:, :-1], batch[:, 1:]
-        aligning = (stage or recipe.stage(step)) == "align"
-        return self._align(ids, positions) if aligning else self._distil(ids, positions, labels)
+        read = self._read(step)
+        aligning = (stage or self.recipe.stage(step)) == "align"
+        return self._align(read) if aligning else self._distil(read)
 
-    def _align(self, ids: Tensor, positions: Tensor) -> Metrics:
+    def _read(self, step: int) -> _Reading:
+        recipe, device = self.recipe, self.student.device
+        largest = self.student.config.max_position_embeddings - recipe.length
+        offsets = position_offsets(recipe.batch, largest, seed=recipe.seed * 1_000_003 + step)[:, None]
+        if isinstance(self.tokens, Mixture):
+            packed = self.tokens.batch(step, batch=recipe.batch, length=recipe.length, seed=recipe.seed)
+            return _Reading(
+                packed.ids.to(device),
+                packed.labels.to(device),
+                (packed.position_ids + offsets).to(device),
+                packed.attention_mask().to(device),
+                packed.cu_seqlens.to(device),
+            )
+        batch = sample_batch(self.tokens, batch=recipe.batch, length=recipe.length + 1, seed=recipe.seed, step=step)
+        batch = batch.to(device)
+        return _Reading(batch[:, :-1], batch[:, 1:], (torch.arange(recipe.length) + offsets).to(device))
+
+    def _align(self, read: _Reading) -> Metrics:
         errors: list[Tensor] = []
         mixers = self.student.mixers
 
         def visit(index: int, x: Tensor, position_embeddings: tuple[Tensor, Tensor], wanted: Tensor) -> None:
             # Backward layer by layer: only one mixer's activations exist at a time.
+            wanted = read.row(wanted)
+            cos, sin = (read.row(each) for each in position_embeddings)
             with torch.enable_grad(), self._autocast():
-                got, _ = mixers[index](x, position_embeddings)
+                got, _ = mixers[index](read.row(x), (cos, sin), cu_seqlens=read.cu_seqlens)
                 error = (got.float() - wanted.float()).square().mean() / wanted.float().square().mean()
             error.backward()
             errors.append(error.detach())
 
         with attention_visited(self.teacher, visit), torch.no_grad():
-            self.teacher.model(input_ids=ids, position_ids=positions, use_cache=False)
+            self._teach(read)
         mean = float(torch.stack(errors).mean())
         return {"loss": mean, "alignment_error": mean**0.5}
 
-    def _distil(self, ids: Tensor, positions: Tensor, labels: Tensor) -> Metrics:
+    def _distil(self, read: _Reading) -> Metrics:
         with torch.no_grad():
-            wanted = self.teacher.model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+            wanted = self._teach(read)
         with self._autocast():
-            hidden = self.student.model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+            hidden = self.student.model(
+                input_ids=read.row(read.ids),
+                position_ids=read.row(read.positions),
+                cu_seqlens=read.cu_seqlens,
+                use_cache=False,
+            ).last_hidden_state
         loss, kl, next_token = distillation_loss(
             hidden.to(self.dtype).flatten(0, 1),
             self.student.lm_head.weight,
             wanted.flatten(0, 1),
             self.teacher.lm_head.weight,
-            labels.flatten(),
+            read.labels.flatten(),
             self.recipe.next_token_weight,
         )
         loss.backward()
         return {"loss": float(loss.detach()), "kl": float(kl), "next_token_loss": float(next_token)}
+
+    def _teach(self, read: _Reading) -> Tensor:
+        """``[B, T, hidden]``: the teacher's last hidden state."""
+        hidden: Tensor = self.teacher.model(
+            input_ids=read.ids, position_ids=read.positions, attention_mask=read.mask, use_cache=False
+        ).last_hidden_state
+        return hidden
 
     def _autocast(self) -> AbstractContextManager[object]:
         return torch.autocast(self.student.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)

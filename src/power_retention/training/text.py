@@ -43,8 +43,8 @@ def read_documents(paths: Sequence[Path], *, text_field: str = "text") -> list[s
     """
     documents: list[str] = []
     for path in paths:
-        for file in _files(Path(path)):
-            documents.extend(text for text in _documents(file, text_field) if text.strip())
+        for file in text_files(Path(path)):
+            documents.extend(text for text in file_documents(file, text_field) if text.strip())
     if not documents:
         raise DataError(f"No text was found in {', '.join(map(str, paths)) or 'an empty list of files'}.")
     return documents
@@ -67,7 +67,7 @@ def split_held_out(documents: Sequence[str], *, fraction: float = 0.05, seed: in
     """
     if not 0 <= fraction < 1:
         raise ArgumentError(f"The held-out fraction is {fraction}; it must be at least 0 and below 1.")
-    places = [_hash_unit(document, seed) for document in documents]
+    places = [hash_unit(document, seed) for document in documents]
     border = _border(sorted(set(places)), fraction)
     train = [document for document, place in zip(documents, places, strict=True) if place >= border]
     held_out = [document for document, place in zip(documents, places, strict=True) if place < border]
@@ -126,7 +126,7 @@ def tokenize(
     room = sys.maxsize if max_tokens is None else max_tokens
     pieces: list[npt.NDArray[np.int32]] = []
     for first in range(0, len(documents), _TOKENIZER_BATCH):
-        for ids in _tokenize_batch(list(documents[first : first + _TOKENIZER_BATCH]), tokenizer):
+        for ids in tokenize_batch(list(documents[first : first + _TOKENIZER_BATCH]), tokenizer):
             pieces.append(ids[:room])
             room -= len(pieces[-1])
         if progress is not None:
@@ -168,14 +168,19 @@ def sample_batch(tokens: Tokens, *, batch: int, length: int, seed: int, step: in
     )
 
 
-def _files(path: Path) -> list[Path]:
+def text_files(path: Path, endings: tuple[str, ...] = _ENDINGS) -> list[Path]:
+    """The files to read: the one given, or those with such an ending in the folder given, sorted.
+
+    Raises:
+        DataError: nothing is there, or a file of another kind.
+    """
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file() and file.name.endswith(_ENDINGS))
+        files = sorted(file for file in path.rglob("*") if file.is_file() and file.name.endswith(endings))
         return [file for file in files if file.stat().st_size and not _is_hidden(file.relative_to(path))]
     if not path.exists():
         raise DataError(f"{path} does not exist.")
-    if not path.name.endswith(_ENDINGS):
-        raise DataError(f"{path} is not a text file: it must end in {', '.join(_ENDINGS)}.")
+    if not path.name.endswith(endings):
+        raise DataError(f"{path} is not a text file: it must end in {', '.join(endings)}.")
     return [path]
 
 
@@ -183,14 +188,15 @@ def _is_hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-def _documents(path: Path, text_field: str) -> Iterator[str]:
+def file_documents(path: Path, text_field: str) -> Iterator[str]:
+    """The documents of one text or JSON file, as :func:`read_documents` reads them."""
     text = _read_text(path)
     if path.name.endswith(TEXT_ENDINGS):
         yield text
         return
     records = _json_list(text, path) if path.suffix == ".json" else None
     for number, record in _json_lines(text, path) if records is None else records:
-        yield _text_of(record, text_field, f"{path}, {number}")
+        yield text_of_record(record, text_field, f"{path}, {number}")
 
 
 def _read_text(path: Path) -> str:
@@ -240,7 +246,8 @@ def _json_lines(text: str, path: Path) -> Iterator[tuple[str, Any]]:
                 raise DataError(f"{path} is not JSON at line {number}: {error.msg}.") from error
 
 
-def _text_of(record: Any, text_field: str, where: str) -> str:
+def text_of_record(record: Any, text_field: str, where: str) -> str:
+    """The text of a record; ``where`` names it in the DataError that refuses one without."""
     text = record.get(text_field) if isinstance(record, dict) else record
     if isinstance(text, str):
         # JSON can spell half of a surrogate pair, which is no character and which no tokenizer takes.
@@ -251,7 +258,7 @@ def _text_of(record: Any, text_field: str, where: str) -> str:
     raise DataError(f"{where} holds a {type(text).__name__} where its text should be.")
 
 
-def _hash_unit(document: str, seed: int) -> float:
+def hash_unit(document: str, seed: int) -> float:
     """A number in [0, 1) that depends on the document and the seed alone."""
     digest = hashlib.blake2b(document.encode("utf-8", "replace"), digest_size=6, key=str(seed).encode())
     return int.from_bytes(digest.digest(), "big") / 2**48
@@ -266,7 +273,8 @@ def _border(places: list[float], fraction: float) -> float:
     return min(fraction, places[-1])
 
 
-def _tokenize_batch(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[npt.NDArray[np.int32]]:
+def tokenize_batch(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[npt.NDArray[np.int32]]:
+    """The ids of each text, with what its tokenizer puts around it and the end-of-sequence token after it."""
     end = tokenizer.eos_token_id
     for ids in tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, verbose=False)["input_ids"]:
         if end is not None and ids[-1:] != [end]:

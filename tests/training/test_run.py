@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,11 @@ from power_retention.conversion.source import Source, open_source
 from power_retention.conversion.swap import swap_attention
 from power_retention.errors import CheckpointError, OutputError, PowerRetentionError
 from power_retention.evaluation.loss import held_out_loss
+from power_retention.training.mixture import read_mixture
 from power_retention.training.recipe import Recipe
 from power_retention.training.retraining import Metrics, Retraining
 from power_retention.training.run import Progress, RunFolder, RunInterrupted, execute, remove_checkpoints
+from power_retention.training.sharding import make_shards
 from power_retention.training.text import Tokens, read_documents, tokenize
 
 RECIPE = Recipe(steps=8, align_share=0.5, batch=2, length=64, align_lr=4e-3, mixer_lr=2e-3, other_lr=1e-3)
@@ -115,6 +118,92 @@ def test_stopped_and_resumed_it_ends_the_same(
     execute(resumed, folder)
     assert_same(weights(resumed), straight[0])
     assert records(folder) == straight[1]
+
+
+@pytest.fixture(scope="module")
+def sharded(
+    runs: Runs, stories_dir: Path, stories_text: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[], Retraining]:
+    folder = tmp_path_factory.mktemp("shards") / "stories"
+    make_shards([str(stories_text)], str(stories_dir), folder, shard_bytes=50_000)
+
+    def new() -> Retraining:
+        return Retraining(
+            copy.deepcopy(runs.start),
+            copy.deepcopy(runs.source.model),
+            read_mixture(folder),
+            replace(RECIPE, length=256),
+        )
+
+    return new
+
+
+def packed_step(retraining: Retraining) -> int:
+    """A step whose first sequence holds the border of two documents."""
+    return next(step for step in range(99) if retraining._read(step).cu_seqlens.tolist()[1] < 256)  # type: ignore[union-attr]
+
+
+class TestOnShards:
+    """The same on token shards, whose documents do not see each other."""
+
+    def test_stopped_and_resumed_it_ends_the_same(self, sharded: Callable[[], Retraining], tmp_path: Path) -> None:
+        straight, resumed = sharded(), sharded()
+        execute(straight, begun(tmp_path / "straight"))
+        folder = begun(tmp_path / "stopped")
+        for stop in (3, 6):
+            with pytest.raises(RunInterrupted):
+                execute(sharded(), folder, stop_after=stop)
+        execute(resumed, folder)
+        assert_same(weights(resumed), weights(straight))
+        assert records(folder) == records(RunFolder(tmp_path / "straight"))
+
+    def test_the_loss_is_that_of_each_document_alone(self, sharded: Callable[[], Retraining]) -> None:
+        retraining = sharded()
+        step = packed_step(retraining)
+        got = retraining.gradients(step, "distil")
+        gradient = retraining.student.mixers[0].k_proj.weight.grad
+        retraining.optimizer.zero_grad()
+        read = retraining._read(step)
+        assert read.cu_seqlens is not None
+        borders = read.cu_seqlens.tolist()
+        assert len(borders) > 3
+        ids, positions = read.ids.flatten(), read.positions.flatten()
+        kl = torch.zeros(())
+        for start, stop in pairwise(borders):
+            piece = {
+                "input_ids": ids[None, start:stop],
+                "position_ids": positions[None, start:stop],
+                "use_cache": False,
+            }
+            with torch.no_grad():
+                wanted = retraining.teacher(**piece).logits.log_softmax(-1)
+            log_probability = retraining.student(**piece).logits.log_softmax(-1)
+            kl = kl + (wanted.exp() * (wanted - log_probability)).sum() / len(ids)
+        kl.backward()
+        assert got["kl"] == pytest.approx(float(kl.detach()), rel=1e-4)
+        alone = retraining.student.mixers[0].k_proj.weight.grad
+        assert gradient is not None
+        assert alone is not None
+        assert float((gradient - alone).norm() / alone.norm()) < 1e-3
+
+    def test_aligning_sees_each_document_alone(self, sharded: Callable[[], Retraining]) -> None:
+        """Other text in the documents before changes nothing in those after: leaks would."""
+        retraining = sharded()
+        read = retraining._read(packed_step(retraining))
+        assert read.cu_seqlens is not None
+        border = read.cu_seqlens.tolist()[1]
+        leaky = replace(read, mask=None, cu_seqlens=torch.tensor([0, 256, 512]))  # shows that a leak would be seen
+        for packing, leaks in ((read, False), (leaky, True)):
+            outputs = []
+            for ids in (read.ids, read.ids.flatten().index_fill(0, torch.arange(border), 5).view_as(read.ids)):
+                seen: list[Tensor] = []
+                hook = retraining.student.mixers[-1].register_forward_hook(
+                    lambda _, __, out, seen=seen: seen.append(out[0].detach())
+                )
+                retraining._align(replace(packing, ids=ids))
+                hook.remove()
+                outputs.append(seen[0][:, border:])
+            assert torch.allclose(outputs[0], outputs[1], rtol=1e-4, atol=1e-5) != leaks
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

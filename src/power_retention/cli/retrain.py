@@ -168,8 +168,8 @@ def _open_mixture(data: Path, on_damage: str, source: Source) -> Mixture:
         status.print(f"[bold]skipped:[/] {escape(sentence)}", soft_wrap=True, highlight=False)
     if (own := fingerprint_tokenizer(source.tokenizer)) != mixture.tokenizer:
         raise DataError(
-            f"{data} was made with a tokenizer of fingerprint {mixture.tokenizer}, the teacher's is {own}: make the shards with "
-            "the teacher's tokenizer."
+            f"{data} was made with a tokenizer of fingerprint {mixture.tokenizer}, the teacher's is {own}: make the shards "
+            "with the teacher's tokenizer."
         )
     return mixture
 

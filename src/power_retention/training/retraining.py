@@ -24,13 +24,13 @@ Metrics = dict[str, float]
 
 @dataclass(frozen=True)
 class _Reading:
-    """What a step reads: ids, labels and positions ``[B, T]``; for packed documents the borders of the flattened ids as well."""
+    """What a step reads: ids, labels and positions ``[B, T]``; for packed documents also what keeps them apart."""
 
     ids: Tensor
     labels: Tensor
     positions: Tensor
     mask: Tensor | None = None  # [B, 1, T, T] boolean, for the teacher
-    cu_seqlens: Tensor | None = None
+    cu_seqlens: Tensor | None = None  # borders in the flattened ids, for the student
 
     def row(self, x: Tensor) -> Tensor:
         """``[B, T, …]`` as the student reads it: packed documents lie in a single row."""

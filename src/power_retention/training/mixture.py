@@ -58,10 +58,11 @@ class PackedBatch:
     position_ids: Tensor
     cu_seqlens: Tensor
 
-    def attention_mask(self) -> Tensor:
+    def attention_mask(self, device: torch.device | None = None) -> Tensor:
         """``[batch, 1, length, length]`` boolean, for attention: causal, and within a piece of a document alone."""
         batch, length = self.ids.shape
-        piece = torch.bucketize(torch.arange(batch * length), self.cu_seqlens, right=True).view(batch, length)
+        places = torch.arange(batch * length, device=device)
+        piece = torch.bucketize(places, self.cu_seqlens.to(places.device), right=True).view(batch, length)
         return (piece[:, None, :, None] == piece[:, None, None, :]).tril()
 
 

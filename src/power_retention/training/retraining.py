@@ -88,7 +88,7 @@ class Retraining:
                 packed.ids.to(device),
                 packed.labels.to(device),
                 (packed.position_ids + offsets).to(device),
-                packed.attention_mask().to(device),
+                packed.attention_mask(device),  # quadratic: better made there than sent there
                 packed.cu_seqlens.to(device),
             )
         batch = sample_batch(self.tokens, batch=recipe.batch, length=recipe.length + 1, seed=recipe.seed, step=step)

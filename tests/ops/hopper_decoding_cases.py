@@ -18,7 +18,7 @@ def main() -> int:
     taken = []
     ring.covers = lambda *_: taken.append(True) or True
     programs = cycle((3, 40, 1))
-    ring._multiprocessors = lambda device: next(programs)
+    ring.multiprocessors = lambda device: next(programs)
     backend.TritonBackend.devices = ("cpu",)
     torch.empty, torch.empty_like = poison(torch.empty), poison(torch.empty_like)
     bad = 0

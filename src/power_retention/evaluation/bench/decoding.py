@@ -75,8 +75,8 @@ def _our_tokens(
 ) -> tuple[Callable[[], object], int, float]:
     """(as many tokens as are folded at a time for each copy of the state, tokens, error of decoding)."""
     error = _decoding_error(shape, dtype, device)
-    rings = [_ring(shape, batch, dtype, device)]
-    rings += [_ring(shape, batch, dtype, device) for _ in range(_copies(rings[0].memory.nbytes, device) - 1)]
+    rings = [_full_ring(shape, batch, dtype, device)]
+    rings += [_full_ring(shape, batch, dtype, device) for _ in range(_copies(rings[0].memory.nbytes, device) - 1)]
     q, k, v, log_g = draw_inputs(shape, 1, dtype, device, batch=batch)
 
     def all_copies() -> None:
@@ -88,11 +88,16 @@ def _our_tokens(
 
 
 def _ring(shape: HeadShape, batch: int, dtype: torch.dtype, device: torch.device) -> RingState:
-    """A full state of random numbers, in the dtype of the inputs where it can hold one."""
+    """Nothing read yet; the state in the dtype of the inputs where that can hold one."""
     kept = dtype if dtype in (torch.bfloat16, torch.float32) else torch.float32
-    ring = RingState.empty(
+    return RingState.empty(
         batch, shape.heads, shape.width, shape.value_width, dtype=dtype, state_dtype=kept, device=device
     )
+
+
+def _full_ring(shape: HeadShape, batch: int, dtype: torch.dtype, device: torch.device) -> RingState:
+    """A state of random numbers."""
+    ring = _ring(shape, batch, dtype, device)
     ring.memory.normal_()
     ring.normalizer.uniform_(1, 2)
     return ring
@@ -102,8 +107,7 @@ def _decoding_error(shape: HeadShape, dtype: torch.dtype, device: torch.device) 
     """A prompt and tokens one by one until some were folded, against float64."""
     prompt, tokens = 64, 64 + 2 * FOLD_SIZE
     q, k, v, log_g = draw_inputs(shape, tokens, dtype, device)
-    kept = dtype if dtype in (torch.bfloat16, torch.float32) else torch.float32
-    ring = RingState.empty(1, shape.heads, shape.width, shape.value_width, dtype=dtype, state_dtype=kept, device=device)
+    ring = _ring(shape, 1, dtype, device)
     y = [power_retention_decode(q[:, :prompt], k[:, :prompt], v[:, :prompt], log_g[:, :prompt], ring)]
     for t in range(prompt, tokens):
         now = slice(t, t + 1)

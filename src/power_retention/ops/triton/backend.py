@@ -20,6 +20,8 @@ from power_retention.ops.triton.plan import (
     DecodeShape,
     decode_shape,
     interpreted,
+    multiprocessors,
+    power_of_two,
 )
 from power_retention.ops.triton.run import FORGET, NOISE_EPS, Run, kernels, operands
 from power_retention.ops.triton.sizes import cheapest_chunk, workspace
@@ -94,7 +96,7 @@ class TritonBackend:
             return None
         rows = state_width(d)
         block = 64 if batch * heads <= 32 else 128
-        splits, wide = -(-rows // block), 1 << (e - 1).bit_length()
+        splits, wide = -(-rows // block), power_of_two(e)
         y = torch.empty(batch, heads * groups, e, dtype=v.dtype, device=q.device)
         partial = torch.empty(batch * heads * splits * groups * (wide + 2), dtype=torch.float32, device=q.device)
         with _on(q.device):
@@ -102,7 +104,7 @@ class TritonBackend:
                 q.contiguous(), k.contiguous(), v.contiguous(), None if log_g is None else log_g.contiguous(),
                 memory, normalizer, partial, _arrivals(batch * heads, q.device), y, heads, splits,
                 HAS_GATES=log_g is not None, FORGET=FORGET, NOISE=NOISE_EPS, GROUPS=groups, D=d,
-                DP=1 << (d - 1).bit_length(), E=e, EP=wide, BR=block, SPLITS=1 << (splits - 1).bit_length(), num_warps=4,
+                DP=power_of_two(d), E=e, EP=wide, BR=block, SPLITS=power_of_two(splits), num_warps=4,
             )  # fmt: skip
         return y
 
@@ -127,7 +129,7 @@ class TritonBackend:
         contiguous = all(x[0].is_contiguous() for x in stored) and ring.cursor.is_contiguous()
         if q.device.type not in self.devices or torch.float64 in (q.dtype, ring.memory.dtype) or not contiguous:
             return None
-        if ring.p != 2 or max(d, e) > WIDTHS[-1] or _power_of_two(tokens * groups) > 64 or ring.capacity > 256:
+        if ring.p != 2 or max(d, e) > WIDTHS[-1] or power_of_two(tokens * groups) > 64 or ring.capacity > 256:
             return None
         hopper = import_module("power_retention.ops.triton.hopper.ring")
         with _on(q.device):
@@ -147,8 +149,8 @@ def _launch_ring(
     shape: DecodeShape,
 ) -> Tensor:
     (batch, tokens, heads, d), e, groups = k.shape, v.shape[-1], q.shape[2] // k.shape[2]
-    splits = shape.splits(batch * heads, state_width(d), _multiprocessors(q.device))
-    parts, rows, wide = splits + 1, _power_of_two(tokens * groups), _power_of_two(e, 16)
+    splits = shape.splits(batch * heads, state_width(d), multiprocessors(q.device))
+    parts, rows, wide = splits + 1, power_of_two(tokens * groups), power_of_two(e, 16)
     y = torch.empty(batch, tokens, heads * groups, e, dtype=v.dtype, device=q.device)
     partial = torch.empty(batch * heads * parts * rows * wide, dtype=torch.float32, device=q.device)
     sums = torch.empty(batch * heads * parts * rows * 2, dtype=torch.float32, device=q.device)
@@ -162,24 +164,14 @@ def _launch_ring(
         heads, splits, ring.memory.stride(0), ring.normalizer.stride(0), ring.keys.stride(0), ring.values.stride(0),
         ring.gates.stride(0),
         HAS_GATES=log_g is not None, HAS_SLOTS=slot_indices is not None, FORGET=FORGET, NOISE=NOISE_EPS,
-        T=tokens, TP=_power_of_two(tokens), GROUPS=groups, M=max(16, rows), N=max(8, rows), R=rows,
-        D=d, DP=_power_of_two(d, 16), E=e, EP=wide,
-        L=ring.fold_size, LP=_power_of_two(ring.fold_size, 16), CP=_power_of_two(ring.capacity, 16), BR=shape.rows,
-        CHUNK=max(1, min(_power_of_two(splits), 2048 * shape.warps // (rows * wide))), PARTS=_power_of_two(parts),
+        T=tokens, TP=power_of_two(tokens), GROUPS=groups, M=max(16, rows), N=max(8, rows), R=rows,
+        D=d, DP=power_of_two(d, 16), E=e, EP=wide,
+        L=ring.fold_size, LP=power_of_two(ring.fold_size, 16), CP=power_of_two(ring.capacity, 16), BR=shape.rows,
+        CHUNK=max(1, min(power_of_two(splits), 2048 * shape.warps // (rows * wide))), PARTS=power_of_two(parts),
         ST=precision["CT"] if narrow else import_module("triton.language").float32, STAGES=shape.stages,
         **precision, num_warps=shape.warps, **options,
     )  # fmt: skip
     return y
-
-
-def _power_of_two(size: int, least: int = 1) -> int:
-    """The smallest power of two that is no less than ``size`` and ``least``."""
-    return max(least, 1 << (size - 1).bit_length())
-
-
-@lru_cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 @lru_cache

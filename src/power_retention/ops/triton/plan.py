@@ -147,8 +147,19 @@ def decode_shape(key_width: int, value_width: int, state_bytes: int) -> DecodeSh
 
     The loop of the kernel must spill nothing; a spill there, like any load, waits behind the tiles in flight.
     """
-    rows = 16384 // (1 << (value_width - 1).bit_length()) * 2 // state_bytes
+    rows = 16384 // power_of_two(value_width) * 2 // state_bytes
     return DecodeShape(rows=max(16, min(rows, 128)), resident=2, warps=4, stages=3, registers=None)
+
+
+def power_of_two(size: int, least: int = 1) -> int:
+    """The smallest power of two that is no less than ``size`` and ``least``."""
+    return max(least, 1 << (size - 1).bit_length())
+
+
+@lru_cache
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run at once; on a CPU, where they are interpreted, two stand for them."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 def interpreted() -> bool:

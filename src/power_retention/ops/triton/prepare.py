@@ -93,10 +93,10 @@ def weigh_values_kernel(
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def block_edges_kernel(gates, table, roots, leads, tokens, pad, BT: tl.constexpr):
-    """Within each BT tokens of a slot: what a token weighs at their end, and at it what stood at their start.
+def block_roots_kernel(gates, table, roots, tokens, pad, BT: tl.constexpr):
+    """Within each BT tokens of a slot: what a token weighs at their end.
 
-    gates [heads, tokens] float64 → roots = exp(G_end − G), leads = exp(G − G_start), [heads, tokens] float32, all ≤ 1.
+    gates [heads, tokens] float64 → roots = exp(G_end − G) [heads, tokens] float32, all ≤ 1.
     """
     position = tl.program_id(0).to(tl.int64) * BT
     head = tl.program_id(1).to(tl.int64)
@@ -109,9 +109,7 @@ def block_edges_kernel(gates, table, roots, leads, tokens, pad, BT: tl.constexpr
     mine = gates + head * tokens
     g = tl.load(mine + t, mask=valid, other=0.0)
     last = tl.load(mine + tl.minimum(first + BT, end) - 1, mask=first < end, other=0.0)
-    begin = tl.load(mine + first, mask=first < end, other=0.0)
     tl.store(roots + head * tokens + t, tl.exp((last - g).to(tl.float32)), mask=valid)
-    tl.store(leads + head * tokens + t, tl.exp((g - begin).to(tl.float32)), mask=valid)
 
 
 @triton.jit

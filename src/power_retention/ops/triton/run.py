@@ -16,7 +16,7 @@ from torch import Tensor
 from power_retention.ops.backends import Call
 from power_retention.ops.chunk import NOISE
 from power_retention.ops.triton.order import from_matrix, narrow_state, row_order, to_matrix, widen, widen_state
-from power_retention.ops.triton.plan import WIDTHS, Plan, Tile, Tiles, interpreted, make_plan, tiles_for
+from power_retention.ops.triton.plan import WIDTHS, Plan, Tile, Tiles, interpreted, make_plan, power_of_two, tiles_for
 
 FORGET = -110.0
 """exp of it is 0 in float32, and sums of it over a tile keep the digits of ordinary gates."""
@@ -110,7 +110,7 @@ class Run:
         if self.call.log_g is None:
             return self.new(0, dtype=torch.float64)
         out = self.new(self.heads, self.tokens, dtype=torch.float64)
-        block = min(1024, 1 << (self.plan.size - 1).bit_length())
+        block = min(1024, power_of_two(self.plan.size))
         kernels("prepare").gates_kernel[self.plan.slots, self.heads](
             self.call.log_g.contiguous(), self.plan.table, out, self.tokens, self.heads, FORGET=FORGET, BLOCK=block
         )
@@ -434,6 +434,6 @@ class Gradients:
         grad = torch.empty(log_g.shape, dtype=log_g.dtype, device=run.device)
         kernels("backward").gate_grad_kernel[plan.slots, run.heads](
             query_flow, key_flow, leaving, log_g.contiguous(), plan.table, grad, run.tokens, run.heads, run.groups,
-            P=self.call.p, CLOSED=_CLOSED, BLOCK=min(1024, 1 << (plan.size - 1).bit_length()),
+            P=self.call.p, CLOSED=_CLOSED, BLOCK=min(1024, power_of_two(plan.size)),
         )  # fmt: skip
         return grad

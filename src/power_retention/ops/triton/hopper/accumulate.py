@@ -141,10 +141,11 @@ def accumulate_kernel(
 ):  # fmt: skip
     """states [slots, heads, units·64, E] bfloat16: what enters each slot, pairs of different columns twice.
 
-    xt_desc: [heads·groups·D, columns] in boxes of 8 × 64, tokens in ``COLUMN_ORDER``; u_desc: [columns, heads·groups·E], zero
-    past a slot's end.  Each of two groups of warps owns two units of 64 rows of one head.  A run is walked in ``segments``,
-    by whichever program comes to them; ``carried`` [runs, heads, units·64, E] float32 takes the sums from one to the next,
-    holds the initial state at first and the final one at last, and ``arrived`` (zeros) counts the segments done.
+    xt_desc: [heads·groups·D, columns] in boxes of 8 × 64, tokens in the order of ``columns_kernel``; u_desc:
+    [columns, heads·groups·E], zero past a slot's end.  Each of two groups of warps owns two units of 64 rows of one head.  A
+    run is walked in ``segments``, by whichever program comes to them; ``carried`` [runs, heads, units·64, E] float32 takes
+    the sums from one to the next, holds the initial state at first and the final one at last, and ``arrived`` (zeros)
+    counts the segments done.
     """
     x_tiles = gl.allocate_shared_memory(gl.bfloat16, [STAGES * 4, 16, 64], xt_desc.layout)
     u_tiles = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 64, E], u_desc.layout)

@@ -31,10 +31,6 @@ def power_of_two_scale(x):
     return ((254 - exponent) << 23).to(gl.float32, bitcast=True)
 
 
-COLUMN_ORDER = (0, 4, 5, 1, 2, 3)
-"""Where each bit of a token's number within 64 stands in its column: what a thread multiplies lies side by side."""
-
-
 @gluon.constexpr_function
 def units_layout():
     """Layout of [2 units, 8, 8, 32 columns] whose rows and tokens become :func:`left_of_units`."""

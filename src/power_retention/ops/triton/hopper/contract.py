@@ -6,7 +6,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from power_retention.ops.triton.hopper.common import power_of_two_scale
+from power_retention.ops.triton.hopper.common import power_of_two_scale, products_layout
 
 
 @gluon.jit
@@ -41,18 +41,7 @@ def _products(u, stages, full, empty, n, STAGES: gl.constexpr):
     out = warpgroup_mma(u, stages.index(stage).permute([1, 0]), out, use_acc=False, is_async=True)
     out = warpgroup_mma_wait(0, deps=[out])
     mbarrier.arrive(empty.index(stage), count=1)
-    return gl.convert_layout(gl.reshape(out, [64, 8, 8]), _cube(), assert_trivial=True)
-
-
-@gluon.constexpr_function
-def _cube():
-    return gl.DistributedLinearLayout(
-        reg_bases=[[0, 0, 1], [8, 0, 0], [0, 1, 0], [0, 2, 0], [0, 4, 0]],
-        lane_bases=[[0, 0, 2], [0, 0, 4], [1, 0, 0], [2, 0, 0], [4, 0, 0]],
-        warp_bases=[[16, 0, 0], [32, 0, 0]],
-        block_bases=[],
-        shape=[64, 8, 8],
-    )
+    return gl.convert_layout(gl.reshape(out, [64, 8, 8]), products_layout(64, 8), assert_trivial=True)
 
 
 @gluon.jit
@@ -69,8 +58,8 @@ def _consume(
     GROUPS: gl.constexpr = D // 8
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     left: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
-    first_factor: gl.constexpr = gl.SliceLayout(1, _cube())
-    second_factor: gl.constexpr = gl.SliceLayout(2, _cube())
+    first_factor: gl.constexpr = gl.SliceLayout(1, products_layout(64, 8))
+    second_factor: gl.constexpr = gl.SliceLayout(2, products_layout(64, 8))
     by_row: gl.constexpr = gl.BlockedLayout([1, 8], [32, 1], [4, 1], [1, 0])
     number = block + WHO
     row = (head * groups + number % groups).to(gl.int64)

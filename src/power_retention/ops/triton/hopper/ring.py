@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from power_retention.ops.layout import state_width
 from power_retention.ops.triton.hopper.run import on_hopper
+from power_retention.ops.triton.plan import multiprocessors, power_of_two
 from power_retention.ops.triton.run import FORGET, NOISE_EPS
 
 if TYPE_CHECKING:
@@ -63,12 +63,7 @@ def addressable(ring: RingState) -> bool:
 
 def _countable(items: int, width: int, device: torch.device) -> bool:
     """Whether the pieces' borders can be told in 32 bits."""
-    return items * tiles_of(width) * _multiprocessors(device) < 1 << 31
-
-
-@lru_cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return items * tiles_of(width) * multiprocessors(device) < 1 << 31
 
 
 def tiles_of(width: int) -> int:
@@ -102,7 +97,7 @@ def decode(
     q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None, ring: RingState, slot_indices: Tensor | None
 ) -> Tensor:
     """One token of each row; arguments as in :func:`power_retention.ops.power_retention_decode`."""
-    return launch(q, k, v, log_g, ring, slot_indices, _multiprocessors(q.device))
+    return launch(q, k, v, log_g, ring, slot_indices, multiprocessors(q.device))
 
 
 def launch(
@@ -110,7 +105,7 @@ def launch(
 ) -> Tensor:
     """:func:`decode` by at most so many programs, each of which fills a multiprocessor's shared memory."""
     (batch, _, heads, d), e, groups = k.shape, v.shape[-1], q.shape[2] // k.shape[2]
-    items, lines, fold = batch * heads, 8 if q.shape[2] // k.shape[2] <= 8 else 16, _power_of_two(ring.fold_size)
+    items, lines, fold = batch * heads, 8 if q.shape[2] // k.shape[2] <= 8 else 16, power_of_two(ring.fold_size, 16)
     programs = min(programs, items * tiles_of(d))
     parts = most_parts(programs, items, d)
     y = torch.empty(batch, 1, heads * groups, e, dtype=v.dtype, device=q.device)
@@ -128,8 +123,3 @@ def launch(
         STAGES=20 if d == 64 else 12 if fold <= 32 else 11, **_RESOURCES,
     )  # fmt: skip
     return y
-
-
-def _power_of_two(size: int) -> int:
-    """The smallest power of two that is no less than ``size`` and 16."""
-    return max(16, 1 << (size - 1).bit_length())

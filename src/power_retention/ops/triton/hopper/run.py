@@ -15,7 +15,8 @@ from torch import Tensor
 
 from power_retention.ops.backends import Call
 from power_retention.ops.triton.order import index_matrix
-from power_retention.ops.triton.run import NOISE_EPS, Gradients, Moments, QueryGradients, Run
+from power_retention.ops.triton.plan import multiprocessors
+from power_retention.ops.triton.run import NOISE_EPS, Gradients, Moments, QueryGradients, Run, kernels
 
 _RESOURCES = {"num_warps": 4, "maxnreg": 168}
 """Two groups of four warps with 240 registers a thread, and one warp that fetches."""
@@ -113,7 +114,7 @@ class HopperRun(Run):
 
     @cached_property
     def processors(self) -> int:
-        return torch.cuda.get_device_properties(self.device).multi_processor_count
+        return multiprocessors(self.device)
 
     def heads_of(self, x: Tensor, size: int = 64) -> Any:
         """Boxes of ``size`` tokens of one head; x ``[B, T, heads, width]``."""
@@ -124,22 +125,22 @@ class HopperRun(Run):
         """``[columns, H, e]``, zero after a slot's last token."""
         plan = self.plan
         out = torch.empty(plan.columns, self.heads, self.e, dtype=self.v.dtype, device=self.device)
-        import_module("power_retention.ops.triton.prepare").weigh_values_kernel[plan.columns // 64, self.heads](
+        kernels("prepare").weigh_values_kernel[plan.columns // 64, self.heads](
             self.v, self.gates, plan.table, out, self.tokens, plan.pad, self.heads,
             HAS_GATES=self.has_gates, PADDED=True, E=self.e, BT=64,
         )  # fmt: skip
         return out
 
     @cached_property
-    def edges(self) -> tuple[Tensor, Tensor]:
-        """(What each token weighs at the end of its 64, what their start weighs at it), ``[H, tokens]``; empty ungated."""
-        plan, size = self.plan, self.heads if self.has_gates else 0
-        roots, leads = self.new(size, self.tokens), self.new(size, self.tokens)
+    def roots(self) -> Tensor:
+        """What each token weighs at the end of its 64, ``[H, tokens]``; empty ungated."""
+        plan = self.plan
+        roots = self.new(self.heads if self.has_gates else 0, self.tokens)
         if self.has_gates:
-            import_module("power_retention.ops.triton.prepare").block_edges_kernel[plan.columns // 64, self.heads](
-                self.gates, plan.table, roots, leads, self.tokens, plan.pad, BT=64
+            kernels("prepare").block_roots_kernel[plan.columns // 64, self.heads](
+                self.gates, plan.table, roots, self.tokens, plan.pad, BT=64
             )
-        return roots, leads
+        return roots
 
     def boxed(self, moments: Moments, rows: int = 64) -> tuple[Any, Any, Tensor]:
         """Second moments as two bfloat16 parts in boxes of ``rows``, and their traces ``[slots, H]``."""
@@ -189,7 +190,7 @@ class HopperRun(Run):
         slots, units = self.plan.slots, self.rows // 64
         out = torch.zeros(slots, self.heads, units, device=self.device)
         if slots > 1:
-            import_module("power_retention.ops.triton.prepare").flows_kernel[units, (slots - 1) * self.heads](
+            kernels("prepare").flows_kernel[units, (slots - 1) * self.heads](
                 states, gradients, out[1:], self.heads * self.rows * self.e, D=self.d, E=self.e
             )
         start, end, begins, _ = self.plan.table.T
@@ -234,7 +235,7 @@ class HopperRun(Run):
         items = tiles * plan.slots * self.query_heads
         _kernels("attend").attend_kernel[(min(self.processors, items),)](
             self.heads_of(self.q), self.heads_of(self.k, 128), self.heads_of(self.v, 128), high, low,
-            self.gates, self.edges[0], plan.table, partial, traces, y,
+            self.gates, self.roots, plan.table, partial, traces, y,
             self.tokens, self.heads, self.groups, tiles, plan.slots, int(always),
             HAS_GATES=self.has_gates, HAS_STATE=reads, NOISE=NOISE_EPS, D=self.d, E=self.e,
             STAGES=2 if self.d == 128 else 4, **_RESOURCES,
@@ -286,7 +287,7 @@ class HopperGradients(Gradients):
         tiles = -(-plan.size // 128)
         _kernels("attend_backward").query_grad_kernel[(min(run.processors, tiles * plan.slots * run.query_heads),)](
             run.heads_of(run.q), keys, run.heads_of(run.v), run.heads_of(self.dy), high, low,
-            run.gates, run.edges[0], plan.table, partial, traces, out.dq, out.dn, out.rows, out.dz, out.flow,
+            run.gates, run.roots, plan.table, partial, traces, out.dq, out.dn, out.rows, out.dz, out.flow,
             run.tokens, plan.pad, run.heads, run.groups, tiles, plan.slots, int(always),
             HAS_GATES=run.has_gates, HAS_STATE=reads, WITH_DN=self.has_state, NOISE=NOISE_EPS,
             D=run.d, E=run.e, STAGES=self.stages, **_RESOURCES,

@@ -18,6 +18,7 @@ from power_retention.errors import ArgumentError, DataError
 from power_retention.training.mixture import NO_LABEL, Mixture, Phase, read_mixture, shuffled
 from power_retention.training.sharding import make_shards
 from power_retention.training.shards import Shard, ShardedTokens
+from power_retention.training.teaching import prepare_teacher, read_documents
 
 LENGTH = 16
 
@@ -160,30 +161,22 @@ class TestPacking:
                     same = document_of(mixture, follower) in document
                     assert int(labels[at]) == (follower if same else NO_LABEL)
 
-    def test_the_mask_is_that_of_the_pieces(self, mixture: Mixture) -> None:
-        batch = mixture.batch(1, batch=2, length=LENGTH, seed=0)
-        mask, piece = batch.attention_mask(), (batch.position_ids == 0).cumsum(1)
-        for row in range(2):
-            for i in range(LENGTH):
-                for j in range(LENGTH):
-                    assert bool(mask[row, 0, i, j]) == (j <= i and bool(piece[row, i] == piece[row, j]))
-
     def test_a_model_reads_each_document_as_if_alone(
         self, stories_dir: Path, stories_text: Path, tmp_path: Path
     ) -> None:
         make_shards([str(stories_text)], str(stories_dir), tmp_path / "shards", held_out=0)
         batch = read_mixture(tmp_path / "shards").batch(3, batch=2, length=256, seed=0)
         assert len(batch.cu_seqlens) > 3
-        teacher = AutoModelForCausalLM.from_pretrained(stories_dir).double().eval()
+        theirs = AutoModelForCausalLM.from_pretrained(stories_dir).double().eval()
+        teacher = AutoModelForCausalLM.from_pretrained(stories_dir)
+        prepare_teacher(teacher, torch.float64, torch.device("cpu"))
         with torch.no_grad():
-            packed = teacher(
-                batch.ids, position_ids=batch.position_ids, attention_mask=batch.attention_mask(), use_cache=False
-            ).logits.flatten(0, 1)
-            student = swap_attention(teacher)
-            ours = student(
-                batch.ids.view(1, -1), position_ids=batch.position_ids.view(1, -1), cu_seqlens=batch.cu_seqlens
-            ).logits[0]
-            theirs = AutoModelForCausalLM.from_pretrained(stories_dir).double().eval()
+            packed = teacher.lm_head(read_documents(teacher, batch.ids, batch.position_ids, batch.cu_seqlens)).flatten(
+                0, 1
+            )
+            student = swap_attention(AutoModelForCausalLM.from_pretrained(stories_dir).double())
+            ours = student(batch.ids, position_ids=batch.position_ids, document_starts=batch.document_starts)
+            ours = ours.logits.flatten(0, 1)
             for start, stop in zip(batch.cu_seqlens[:-1].tolist(), batch.cu_seqlens[1:].tolist(), strict=True):
                 alone = batch.ids.flatten()[None, start:stop]
                 assert torch.allclose(packed[start:stop], theirs(alone).logits[0], atol=1e-9)

@@ -23,6 +23,8 @@ from power_retention.cli.options import (
 )
 
 if TYPE_CHECKING:
+    import torch
+
     from power_retention.conversion.source import Source
     from power_retention.models import PowerRetentionForCausalLM
     from power_retention.training.mixture import Mixture
@@ -59,6 +61,11 @@ def retrain(
     precision: Annotated[
         str, typer.Option(help="float32, bfloat16, or auto: whichever multiplies faster here.")
     ] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU where there is one.")] = "auto",
+    compiled: Annotated[
+        bool | None,
+        typer.Option("--compile/--no-compile", help="Fuse layers with torch.compile; on a GPU by default."),
+    ] = None,
     checkpoint_minutes: Annotated[float, typer.Option(help="Time between checkpoints.")] = 5.0,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in OUT exactly where it stopped.")] = False,
     seed: Seed = 0,
@@ -85,6 +92,8 @@ def retrain(
         raise DataError("retrain needs text to train on: either --text FILE_OR_FOLDER or --data SHARDS_OR_MIXTURE.")
     folder = RunFolder(out / "run")
     _check_folder(out, folder, resume)
+    place = _choose_device(device)
+    placement: dict[str, Any] = {"device": place, "compiled": place.type == "cuda" if compiled is None else compiled}
     with status.status("Opening model and teacher"):
         student, source = open_student(model), open_noted_teacher(model, teacher)
     mixture = _open_mixture(data, on_damage, source) if data else None
@@ -96,12 +105,12 @@ def retrain(
     else:
         documents = _training_documents(text or [], text_field, seed)
         rates = {"align_lr": align_lr, "mixer_lr": mixer_lr, "other_lr": other_lr, "align_share": align_share}
-        precision = fastest_precision() if precision == "auto" else _check_precision(precision)
+        precision = fastest_precision(place) if precision == "auto" else _check_precision(precision)
         recipe = Recipe(steps or 1, batch=batch, length=length, seed=seed, precision=precision, **rates)  # type: ignore[arg-type]
         if steps is None:
             with status.status("Timing a step of each stage"):
                 tokens = mixture or _tokenize(documents, source, recipe, _PROBE_TOKENS)
-                seconds = Retraining(student, source.model, tokens, recipe).seconds_per_step()
+                seconds = Retraining(student, source.model, tokens, recipe, **placement).seconds_per_step()
             recipe = Recipe(**{**recipe.to_dict(), "steps": steps_within(minutes, seconds, align_share)})
     if mixture:
         mixture.batch(0, batch=1, length=recipe.length, seed=0)  # refuses sources shorter than a sequence
@@ -110,7 +119,7 @@ def retrain(
         tokens = mixture or _tokenize(documents, source, recipe, wanted)
     if not folder.exists:
         folder.begin(recipe, given)
-    retraining = Retraining(student, source.model, tokens, recipe)
+    retraining = Retraining(student, source.model, tokens, recipe, **placement)
     with progress_bar(f"Retraining, {recipe.precision}") as update:
         execute(
             retraining,
@@ -145,6 +154,23 @@ def _check_folder(out: Path, folder: RunFolder, resume: bool) -> None:
         raise OutputError(f"{out} holds a finished retraining; choose another folder.")
     elif not resume:
         raise OutputError(f"{out} holds an unfinished run; continue it with --resume, or choose another folder.")
+
+
+def _choose_device(device: str) -> torch.device:
+    import torch
+
+    from power_retention.errors import ArgumentError
+
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise ArgumentError(
+            f"--device {device} cannot be used here ({error}); cpu, cuda or auto was expected."
+        ) from error
+    return chosen
 
 
 def _check_precision(precision: str) -> str:

@@ -16,6 +16,9 @@ from power_retention.ops import power_retention
 OPEN_GATE_BIAS = 6.0
 """Gate bias of an uncalibrated mixer with biased gates: a half-life of 280 tokens."""
 
+_FORGET = -110.0
+"""A log gate that passes nothing: exp of it is 0 in float32."""
+
 
 class TokenMemory(Protocol):
     """What a mixer has read before, kept by its caller."""
@@ -115,6 +118,7 @@ class PowerRetentionMixer(nn.Module):
         *,
         mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        starts: Tensor | None = None,
         memory: TokenMemory | None = None,
     ) -> tuple[Tensor, None]:
         """Mix tokens.
@@ -124,6 +128,7 @@ class PowerRetentionMixer(nn.Module):
             position_embeddings: cosines and sines of the rotary embedding, ``[B or 1, T, d]``.
             mask: ``[B, T]``, False at padding.
             cu_seqlens: borders of packed sequences, where there is no memory.
+            starts: ``[B, T]``, True at tokens that begin a document: their gates close, and what came before is forgotten.
             memory: what was read before; these tokens are added to it.
 
         Returns:
@@ -134,9 +139,13 @@ class PowerRetentionMixer(nn.Module):
         if self.k_bias is not None:
             k = k + self.k_bias.to(k.dtype)
         q, k, log_g = q.to(v.dtype), k.to(v.dtype), self.log_gates(x)
+        if starts is not None:
+            log_g = log_g.masked_fill(starts[..., None], _FORGET)
         if self.softmax:
             if memory is not None:
                 raise ArgumentError("Softmax attention (use_exp=True) keeps no state; pass use_cache=False.")
+            if starts is not None:
+                raise ArgumentError("Softmax attention (use_exp=True) has no gates to close; pack with cu_seqlens.")
             y = softmax_attention(q, k, v, mask=mask, cu_seqlens=cu_seqlens)
         elif memory is not None:
             y = memory.read(q, k, v, log_g, p=self.p, mask=mask, chunk_size=self.chunk_size)

@@ -57,12 +57,12 @@ class PowerRetentionDecoderLayer(GradientCheckpointingLayer):
         position_embeddings: tuple[Tensor, Tensor],
         mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        starts: Tensor | None = None,
         cache: PowerRetentionLayerCache | None = None,
     ) -> Tensor:
         """``[B, T, hidden]`` → ``[B, T, hidden]``; the layer's cache, if any, is advanced."""
-        mixed, _ = self.self_attn(
-            self.input_layernorm(hidden_states), position_embeddings, mask=mask, cu_seqlens=cu_seqlens, memory=cache
-        )
+        x = self.input_layernorm(hidden_states)
+        mixed, _ = self.self_attn(x, position_embeddings, mask=mask, cu_seqlens=cu_seqlens, starts=starts, memory=cache)
         hidden_states = hidden_states + mixed
         mapped: Tensor = self.mlp(self.post_attention_layernorm(hidden_states))
         return hidden_states + mapped
@@ -125,6 +125,7 @@ class PowerRetentionModel(PowerRetentionPreTrainedModel):
         use_cache: bool | None = None,
         cu_seqlens: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
+        document_starts: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Run the trunk.
@@ -138,12 +139,15 @@ class PowerRetentionModel(PowerRetentionPreTrainedModel):
             cu_seqlens: borders of sequences packed into one row (without a cache).
             cu_seq_lens_q: the same, as the library's collators call it.  Without either, position ids that start again within
                 a row, without a mask, say where its sequences begin.
+            document_starts: ``[B, T]``, True at tokens that begin a document.  Gates close there, so documents packed into the
+                rows of any batch do not see each other, at the cost of unpacked rows; a first token need not be marked.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ArgumentError("Give exactly one of input_ids and inputs_embeds.")
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cu_seqlens = cu_seq_lens_q if cu_seqlens is None else cu_seqlens
-        if cu_seqlens is None and position_ids is not None and past_key_values is None and attention_mask is None:
+        unmarked = cu_seqlens is None and document_starts is None
+        if unmarked and position_ids is not None and past_key_values is None and attention_mask is None:
             cu_seqlens = packed_borders(position_ids)
         if past_key_values is None and use_cache and cu_seqlens is None:
             past_key_values = PowerRetentionCache(self.config.num_hidden_layers)
@@ -157,11 +161,11 @@ class PowerRetentionModel(PowerRetentionPreTrainedModel):
         if position_ids is None:
             seen = 0 if past_key_values is None else past_key_values.get_seq_length()
             positions = torch.arange(seen, seen + tokens, device=hidden_states.device).unsqueeze(0)
-            position_ids = count_positions(positions, attention_mask, cu_seqlens)
+            position_ids = count_positions(positions, attention_mask, cu_seqlens, document_starts)
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         for i, layer in enumerate(self.layers):
             cache = None if past_key_values is None else past_key_values.layers[i]
-            hidden_states = layer(hidden_states, position_embeddings, mask, cu_seqlens, cache)
+            hidden_states = layer(hidden_states, position_embeddings, mask, cu_seqlens, document_starts, cache)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
 
@@ -284,7 +288,9 @@ def packed_borders(position_ids: Tensor) -> Tensor | None:
     return torch.tensor([0, *borders, position_ids.shape[1]], device=position_ids.device)
 
 
-def count_positions(positions: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+def count_positions(
+    positions: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None, starts: Tensor | None = None
+) -> Tensor:
     """``[B or 1, T]``: the given positions ``[1, T]``, less the padding or the packed sequences before each token.
 
     The key bias acts on rotated keys, so a token's own position matters and not only its distance to others.
@@ -292,6 +298,8 @@ def count_positions(positions: Tensor, attention_mask: Tensor | None, cu_seqlens
     if cu_seqlens is not None:
         borders = cu_seqlens.to(positions)
         return positions - borders[torch.bucketize(positions, borders, right=True) - 1]
+    if starts is not None:
+        return positions - torch.where(starts, positions, positions[:, :1]).cummax(-1).values
     if attention_mask is None:
         return positions
     padding = (attention_mask == 0).cumsum(-1)[:, -positions.shape[1] :]

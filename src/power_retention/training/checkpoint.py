@@ -62,7 +62,8 @@ def load_latest(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
             parameter.copy_(tensors[f"model.{name}"])
     for name, parameter in parameters.items():
         keys = ("step", "exp_avg", "exp_avg_sq")
-        state = {key: tensors[f"optimizer.{key}.{name}"] for key in keys if f"optimizer.{key}.{name}" in tensors}
+        named = {key: tensors.get(f"optimizer.{key}.{name}") for key in keys}
+        state = {key: value.to(parameter.device) for key, value in named.items() if value is not None}
         if state:
             optimizer.state[parameter] = state
     return int(header["step"])

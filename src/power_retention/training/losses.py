@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-_ROWS = 512
-"""Tokens whose logits exist at a time."""
+_LOGITS = {"cpu": 1 << 25, "cuda": 1 << 28}
+"""Logits that exist at a time."""
 
 
 def distillation_loss(
@@ -19,6 +20,8 @@ def distillation_loss(
     teacher_head: Tensor,
     labels: Tensor,
     next_token_weight: float = 0.0,
+    *,
+    compiled: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean over tokens of KL(teacher ‖ student), optionally mixed with the next-token loss.
 
@@ -27,12 +30,13 @@ def distillation_loss(
         student_head, teacher_head: ``[vocab, hidden]``.
         labels: ``[N]`` next tokens; −100 where there is none (the KL counts there all the same).
         next_token_weight: w in (1 − w)·KL + w·next-token loss.
+        compiled: by ``torch.compile``: logits are read and written a few times instead of a dozen.
 
     Returns:
         The loss to minimise, and for the record the KL and the next-token loss, in nats a token.
     """
     loss, kl, next_token = _Distillation.apply(
-        student_hidden, student_head, teacher_hidden, teacher_head, labels, next_token_weight
+        student_hidden, student_head, teacher_hidden, teacher_head, labels, next_token_weight, compiled
     )
     return loss, kl, next_token
 
@@ -49,31 +53,27 @@ class _Distillation(torch.autograd.Function):
         teacher_head: Tensor,
         labels: Tensor,
         weight: float,
+        compiled: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         # The dtype of the hidden states decides: under autocast they are bfloat16 and so are the matmuls.
         dtype = student_hidden.dtype
         head = student_head.to(dtype)
         d_hidden, d_head = torch.empty_like(student_hidden), torch.zeros_like(student_head)
         kl, next_token = (student_head.new_zeros((), dtype=torch.float64) for _ in range(2))
-        labelled = int((labels >= 0).sum())
+        labelled = (labels >= 0).sum().clamp(min=1)
         tokens = len(labels)
-        for start in range(0, tokens, _ROWS):
-            rows = slice(start, start + _ROWS)
-            log_student = (student_hidden[rows] @ head.T).float().log_softmax(-1)
-            log_teacher = (teacher_hidden[rows] @ teacher_head.T).float().log_softmax(-1)
-            student, teacher = log_student.exp(), log_teacher.exp()
-            kl += (teacher * (log_teacher - log_student)).sum(dtype=torch.float64)
-            has_label = labels[rows] >= 0
-            label = labels[rows].clamp(min=0)
-            next_token -= log_student.gather(-1, label[:, None])[:, 0][has_label].sum(dtype=torch.float64)
-            d_logits = student.sub(teacher).mul_((1 - weight) / tokens)
-            if weight and labelled:
-                hard = F.one_hot(label, student.shape[-1]) - student
-                d_logits -= hard * (has_label[:, None] * weight / labelled)
-            d_logits = d_logits.to(dtype)
+        losses = _compiled_losses() if compiled else _losses
+        chunk = _rows_at_a_time(student_head)
+        for start in range(0, tokens, chunk):
+            rows = slice(start, start + chunk)
+            student_logits, teacher_logits = student_hidden[rows] @ head.T, teacher_hidden[rows] @ teacher_head.T
+            shares = (1 - weight) / tokens, weight / labelled
+            row_kl, row_next_token, d_logits = losses(student_logits, teacher_logits, labels[rows], *shares)
+            kl += row_kl.sum(dtype=torch.float64)
+            next_token += row_next_token.sum(dtype=torch.float64)
             d_hidden[rows] = d_logits @ head
             d_head += d_logits.T @ student_hidden[rows]
-        kl, next_token = kl / tokens, next_token / max(labelled, 1)
+        kl, next_token = kl / tokens, next_token / labelled
         ctx.save_for_backward(d_hidden, d_head)
         ctx.mark_non_differentiable(kl, next_token)
         return ((1 - weight) * kl + weight * next_token).float(), kl, next_token
@@ -81,4 +81,31 @@ class _Distillation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         d_hidden, d_head = ctx.saved_tensors
-        return grad * d_hidden, grad * d_head, None, None, None, None
+        return grad * d_hidden, grad * d_head, None, None, None, None, None
+
+
+def _losses(
+    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, kl_share: float, next_token_share: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(KL, next-token loss) of each row, and the gradient of their weighted sum for the student's logits."""
+    log_student = student_logits.float().log_softmax(-1)
+    log_teacher = teacher_logits.float().log_softmax(-1)
+    student, teacher = log_student.exp(), log_teacher.exp()
+    kl = (teacher * (log_teacher - log_student)).sum(-1)
+    has_label = labels >= 0
+    label = labels.clamp(min=0)[:, None]
+    next_token = -log_student.gather(-1, label)[:, 0] * has_label
+    hit = torch.arange(student.shape[-1], device=labels.device) == label
+    d_next_token = (student - hit.float()) * (has_label * next_token_share)[:, None].float()
+    return kl, next_token, ((student - teacher) * kl_share + d_next_token).to(student_logits.dtype)
+
+
+@lru_cache
+def _compiled_losses() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    return torch.compile(_losses)
+
+
+def _rows_at_a_time(head: Tensor) -> int:
+    """As many rows as the allowed number of logits are, a power of two."""
+    rows = _LOGITS.get(head.device.type, _LOGITS["cpu"]) // len(head)
+    return 1 << max(4, min(rows.bit_length() - 1, 13))

@@ -58,12 +58,10 @@ class PackedBatch:
     position_ids: Tensor
     cu_seqlens: Tensor
 
-    def attention_mask(self, device: torch.device | None = None) -> Tensor:
-        """``[batch, 1, length, length]`` boolean, for attention: causal, and within a piece of a document alone."""
-        batch, length = self.ids.shape
-        places = torch.arange(batch * length, device=device)
-        piece = torch.bucketize(places, self.cu_seqlens.to(places.device), right=True).view(batch, length)
-        return (piece[:, None, :, None] == piece[:, None, None, :]).tril()
+    @property
+    def document_starts(self) -> Tensor:
+        """``[batch, length]`` boolean, True where a piece of a document starts."""
+        return self.position_ids == 0
 
 
 @dataclass(frozen=True)

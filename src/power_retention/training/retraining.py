@@ -17,6 +17,7 @@ from power_retention.models import PowerRetentionForCausalLM
 from power_retention.training.losses import distillation_loss
 from power_retention.training.mixture import Mixture
 from power_retention.training.recipe import Recipe, Stage
+from power_retention.training.teaching import prepare_teacher, read_documents
 from power_retention.training.text import Tokens, sample_batch
 
 Metrics = dict[str, float]
@@ -29,12 +30,8 @@ class _Reading:
     ids: Tensor
     labels: Tensor
     positions: Tensor
-    mask: Tensor | None = None  # [B, 1, T, T] boolean, for the teacher
-    cu_seqlens: Tensor | None = None  # borders in the flattened ids, for the student
-
-    def row(self, x: Tensor) -> Tensor:
-        """``[B, T, …]`` as the student reads it: packed documents lie in a single row."""
-        return x if self.cu_seqlens is None else x.flatten(0, 1).unsqueeze(0)
+    starts: Tensor | None = None  # [B, T] boolean, for the student
+    cu_seqlens: Tensor | None = None  # borders in the flattened ids, for the teacher
 
 
 class Retraining:
@@ -45,15 +42,28 @@ class Retraining:
         teacher: the Transformer it came from; it is only read.
         tokens: the training text: one row of it, or a mixture of token shards whose documents do not see each other.
         recipe: what to do.
+        device: where; both models are moved there.  By default where the student is.
+        compiled: fuse the layers and the loss by ``torch.compile``: the first step of a stage takes a minute longer then.
     """
 
     def __init__(
-        self, student: PowerRetentionForCausalLM, teacher: PreTrainedModel, tokens: Tokens | Mixture, recipe: Recipe
+        self,
+        student: PowerRetentionForCausalLM,
+        teacher: PreTrainedModel,
+        tokens: Tokens | Mixture,
+        recipe: Recipe,
+        *,
+        device: torch.device | None = None,
+        compiled: bool = False,
     ) -> None:
         self.student, self.teacher, self.tokens, self.recipe = student, teacher, tokens, recipe
+        self.device, self.compiled = device or student.device, compiled
         self.dtype = torch.bfloat16 if recipe.precision == "bfloat16" else torch.float32
-        _narrow(teacher.eval().requires_grad_(False), self.dtype)
-        student.train()
+        prepare_teacher(teacher, self.dtype, self.device)
+        student.to(self.device).train()
+        if compiled:
+            compile_layers(teacher)
+            compile_layers(student)
         mixer, other = _split_parameters(student)
         groups = [{"params": mixer}, {"params": other}]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
@@ -79,7 +89,7 @@ class Retraining:
         return self._align(read) if aligning else self._distil(read)
 
     def _read(self, step: int) -> _Reading:
-        recipe, device = self.recipe, self.student.device
+        recipe, device = self.recipe, self.device
         largest = self.student.config.max_position_embeddings - recipe.length
         offsets = position_offsets(recipe.batch, largest, seed=recipe.seed * 1_000_003 + step)[:, None]
         if isinstance(self.tokens, Mixture):
@@ -88,8 +98,8 @@ class Retraining:
                 packed.ids.to(device),
                 packed.labels.to(device),
                 (packed.position_ids + offsets).to(device),
-                packed.attention_mask(device),  # quadratic: better made there than sent there
-                packed.cu_seqlens.to(device),
+                packed.document_starts.to(device),
+                _of_any_size(packed.cu_seqlens.to(device)),
             )
         batch = sample_batch(self.tokens, batch=recipe.batch, length=recipe.length + 1, seed=recipe.seed, step=step)
         batch = batch.to(device)
@@ -101,10 +111,8 @@ class Retraining:
 
         def visit(index: int, x: Tensor, position_embeddings: tuple[Tensor, Tensor], wanted: Tensor) -> None:
             # Backward layer by layer: only one mixer's activations exist at a time.
-            wanted = read.row(wanted)
-            cos, sin = (read.row(each) for each in position_embeddings)
             with torch.enable_grad(), self._autocast():
-                got, _ = mixers[index](read.row(x), (cos, sin), cu_seqlens=read.cu_seqlens)
+                got, _ = mixers[index](x, position_embeddings, starts=read.starts)
                 error = (got.float() - wanted.float()).square().mean() / wanted.float().square().mean()
             error.backward()
             errors.append(error.detach())
@@ -119,10 +127,7 @@ class Retraining:
             wanted = self._teach(read)
         with self._autocast():
             hidden = self.student.model(
-                input_ids=read.row(read.ids),
-                position_ids=read.row(read.positions),
-                cu_seqlens=read.cu_seqlens,
-                use_cache=False,
+                input_ids=read.ids, position_ids=read.positions, document_starts=read.starts, use_cache=False
             ).last_hidden_state
         loss, kl, next_token = distillation_loss(
             hidden.to(self.dtype).flatten(0, 1),
@@ -131,19 +136,17 @@ class Retraining:
             self.teacher.lm_head.weight,
             read.labels.flatten(),
             self.recipe.next_token_weight,
+            compiled=self.compiled,
         )
         loss.backward()
         return {"loss": float(loss.detach()), "kl": float(kl), "next_token_loss": float(next_token)}
 
     def _teach(self, read: _Reading) -> Tensor:
         """``[B, T, hidden]``: the teacher's last hidden state."""
-        hidden: Tensor = self.teacher.model(
-            input_ids=read.ids, position_ids=read.positions, attention_mask=read.mask, use_cache=False
-        ).last_hidden_state
-        return hidden
+        return read_documents(self.teacher, read.ids, read.positions, read.cu_seqlens)
 
     def _autocast(self) -> AbstractContextManager[object]:
-        return torch.autocast(self.student.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
     def seconds_per_step(self) -> dict[str, float]:
         """How long a step of each stage takes here; nothing is trained by asking."""
@@ -164,15 +167,26 @@ def steps_within(minutes: float, seconds_per_step: dict[str, float], align_share
     return max(2, int(minutes * 60 / (1.1 * mean)))
 
 
-def fastest_precision() -> str:
-    """``bfloat16`` where this processor multiplies it clearly faster than float32, else ``float32``."""
-    return "bfloat16" if 0.6 * matmul_rate(torch.bfloat16) > matmul_rate(torch.float32) else "float32"
+def fastest_precision(device: torch.device | str = "cpu") -> str:
+    """``bfloat16`` where ``device`` multiplies it clearly faster than float32, else ``float32``."""
+    wide, narrow = (matmul_rate(dtype, device=device) for dtype in (torch.float32, torch.bfloat16))
+    return "bfloat16" if 0.6 * narrow > wide else "float32"
 
 
-def _narrow(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Move the weights to ``dtype``, and no buffer: rotary frequencies in bfloat16 are another model's."""
-    for value in model.parameters():
-        value.data = value.data.to(dtype)
+def compile_layers(model: PreTrainedModel) -> None:
+    """Compile the parts of every layer, once for all layers.
+
+    Parts rather than layers, and what they compute rather than the modules: hooks between them go on working.
+    """
+    for layer in model.model.layers:
+        for part in (layer.input_layernorm, layer.self_attn, layer.post_attention_layernorm, layer.mlp):
+            part.forward = torch.compile(part.forward)
+
+
+def _of_any_size(x: Tensor) -> Tensor:
+    """The same tensor, marked so that a compiled function that reads it is not compiled again for another length."""
+    torch._dynamo.maybe_mark_dynamic(x, 0)
+    return x
 
 
 def _split_parameters(student: PowerRetentionForCausalLM) -> tuple[list[Tensor], list[Tensor]]:

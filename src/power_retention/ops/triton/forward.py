@@ -178,10 +178,11 @@ def read_kernel(
         base = tl.where((i[:, None] >= j[None, :]) & (j < end)[None, :], base, 0.0)
         if P > 2:
             acc, den, peak, base = rescale(base, acc, den, peak, P)
-        weight = integer_power(base, P)
-        den += tl.sum(weight, 1)
+        # The sum of what is multiplied, as numerator and denominator then round alike: a row of one key is exact.
+        weight = integer_power(base, P).to(CT)
+        den += tl.sum(weight.to(tl.float32), 1)
         vt = tl.load(values + (j * heads * E)[:, None] + col[None, :], mask=(j < end)[:, None], other=0.0).to(CT)
-        acc = tl.dot(weight.to(CT), vt, acc, input_precision=PREC)
+        acc = tl.dot(weight, vt, acc, input_precision=PREC)
 
     inverse, _ = regular_inverse(den, noise)
     out = y + (i * query_heads + query_head)[:, None] * E + col[None, :]

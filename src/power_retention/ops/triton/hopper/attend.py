@@ -185,9 +185,10 @@ def _consume(
             keys = k_tiles.index(stage).slice(64 * WHO, 64)
             s = warpgroup_mma(queries, keys.permute([1, 0]), s, use_acc=False, is_async=True)
             s = warpgroup_mma_wait(0, deps=[s])
-            s = gl.where(near > 0, s * s * near, 0.0)
-            total += gl.sum(s, 1)
-            p = gl.convert_layout(s.to(gl.bfloat16), weigh)
+            # The sum of what is multiplied, as numerator and denominator then round alike: a row of one key is exact.
+            rounded = gl.where(near > 0, s * s * near, 0.0).to(gl.bfloat16)
+            total += gl.sum(rounded.to(gl.float32), 1)
+            p = gl.convert_layout(rounded, weigh)
             acc = warpgroup_mma(p, v_tiles.index(stage).slice(64 * WHO, 64), acc, is_async=True)
             acc, p = warpgroup_mma_wait(0, deps=[acc, p])
             mbarrier.arrive(empty.index(stage), count=1)

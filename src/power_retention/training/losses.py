@@ -21,6 +21,7 @@ def distillation_loss(
     labels: Tensor,
     next_token_weight: float = 0.0,
     *,
+    labelled: Tensor | None = None,
     compiled: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean over tokens of KL(teacher ‖ student), optionally mixed with the next-token loss.
@@ -30,13 +31,16 @@ def distillation_loss(
         student_head, teacher_head: ``[vocab, hidden]``.
         labels: ``[N]`` next tokens; −100 where there is none (the KL counts there all the same).
         next_token_weight: w in (1 − w)·KL + w·next-token loss.
+        labelled: number of labels that the next-token loss is divided by, where it is not the number there is: of several ranks
+            with as many tokens but not as many labels each, their mean number, so that the mean of their losses is that over
+            all labels.
         compiled: by ``torch.compile``: logits are read and written a few times instead of a dozen.
 
     Returns:
         The loss to minimise, and for the record the KL and the next-token loss, in nats a token.
     """
     loss, kl, next_token = _Distillation.apply(
-        student_hidden, student_head, teacher_hidden, teacher_head, labels, next_token_weight, compiled
+        student_hidden, student_head, teacher_hidden, teacher_head, labels, next_token_weight, labelled, compiled
     )
     return loss, kl, next_token
 
@@ -53,6 +57,7 @@ class _Distillation(torch.autograd.Function):
         teacher_head: Tensor,
         labels: Tensor,
         weight: float,
+        labelled: Tensor | None,
         compiled: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         # The dtype of the hidden states decides: under autocast they are bfloat16 and so are the matmuls.
@@ -60,7 +65,7 @@ class _Distillation(torch.autograd.Function):
         head = student_head.to(dtype)
         d_hidden, d_head = torch.empty_like(student_hidden), torch.zeros_like(student_head)
         kl, next_token = (student_head.new_zeros((), dtype=torch.float64) for _ in range(2))
-        labelled = (labels >= 0).sum().clamp(min=1)
+        labelled = (labels >= 0).sum().clamp(min=1) if labelled is None else labelled
         tokens = len(labels)
         losses = _compiled_losses() if compiled else _losses
         chunk = _rows_at_a_time(student_head)
@@ -81,7 +86,7 @@ class _Distillation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         d_hidden, d_head = ctx.saved_tensors
-        return grad * d_hidden, grad * d_head, None, None, None, None, None
+        return grad * d_hidden, grad * d_head, None, None, None, None, None, None
 
 
 def _losses(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from power_retention.conversion.calibrate import attention_visited, position_offsets
@@ -16,6 +17,7 @@ from power_retention.machine import matmul_rate
 from power_retention.models import PowerRetentionForCausalLM
 from power_retention.training.losses import distillation_loss
 from power_retention.training.mixture import Mixture
+from power_retention.training.parallel import ALONE, Ranks, Trunk, hand_out, parallelize
 from power_retention.training.recipe import Recipe, Stage
 from power_retention.training.teaching import prepare_teacher, read_documents
 from power_retention.training.text import Tokens, sample_batch
@@ -44,6 +46,12 @@ class Retraining:
         recipe: what to do.
         device: where; both models are moved there.  By default where the student is.
         compiled: fuse the layers and the loss by ``torch.compile``: the first step of a stage takes a minute longer then.
+        recompute: keep a layer's input only and compute the layer again in the backward pass: less memory, a third more work.
+        ranks: the processes that share the work.  Both models are sharded over them, with the weights of the first rank; the
+            others may bring theirs on the meta device.  Every batch is the recipe's, whoever reads which part of it.
+
+    Attributes:
+        data_shift: step ``s`` reads the data of step ``s + data_shift``.
     """
 
     def __init__(
@@ -55,15 +63,22 @@ class Retraining:
         *,
         device: torch.device | None = None,
         compiled: bool = False,
+        recompute: bool = False,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.student, self.teacher, self.tokens, self.recipe = student, teacher, tokens, recipe
-        self.device, self.compiled = device or student.device, compiled
+        self.device, self.compiled, self.ranks = device or student.device, compiled, ranks
+        self.rows, self.data_shift = ranks.rows(recipe.batch), 0
         self.dtype = torch.bfloat16 if recipe.precision == "bfloat16" else torch.float32
-        prepare_teacher(teacher, self.dtype, self.device)
-        student.to(self.device).train()
+        prepare_teacher(teacher, self.dtype)
+        student.train()
         if compiled:
             compile_layers(teacher)
             compile_layers(student)
+        if recompute:
+            student.gradient_checkpointing_enable({"use_reentrant": False})
+        self._taught = self._place(teacher)
+        self._trunk = self._place(student, self.dtype if self.dtype != torch.float32 else None)
         mixer, other = _split_parameters(student)
         groups = [{"params": mixer}, {"params": other}]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
@@ -72,7 +87,7 @@ class Retraining:
         """Take optimiser step ``step`` (counted from 0); a step whose loss is not finite changes nothing."""
         metrics = self.gradients(step)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.recipe.clip)
+        norm = _clip(parameters, self.recipe.clip)
         metrics["gradient_norm"] = float(norm)
         for group, rate in zip(self.optimizer.param_groups, self.recipe.learning_rates(step), strict=True):
             group["lr"] = rate
@@ -89,11 +104,15 @@ class Retraining:
         return self._align(read) if aligning else self._distil(read)
 
     def _read(self, step: int) -> _Reading:
-        recipe, device = self.recipe, self.device
+        recipe, device, ranks = self.recipe, self.device, self.ranks
+        step += self.data_shift
         largest = self.student.config.max_position_embeddings - recipe.length
-        offsets = position_offsets(recipe.batch, largest, seed=recipe.seed * 1_000_003 + step)[:, None]
+        offsets = position_offsets(recipe.batch, largest, seed=recipe.seed * 1_000_003 + step)[self.rows, None]
         if isinstance(self.tokens, Mixture):
-            packed = self.tokens.batch(step, batch=recipe.batch, length=recipe.length, seed=recipe.seed)
+            share = recipe.batch // ranks.size
+            packed = self.tokens.batch(
+                step, ranks.rank, ranks=ranks.size, batch=share, length=recipe.length, seed=recipe.seed
+            )
             return _Reading(
                 packed.ids.to(device),
                 packed.labels.to(device),
@@ -102,7 +121,7 @@ class Retraining:
                 _of_any_size(packed.cu_seqlens.to(device)),
             )
         batch = sample_batch(self.tokens, batch=recipe.batch, length=recipe.length + 1, seed=recipe.seed, step=step)
-        batch = batch.to(device)
+        batch = batch[self.rows].to(device)
         return _Reading(batch[:, :-1], batch[:, 1:], (torch.arange(recipe.length) + offsets).to(device))
 
     def _align(self, read: _Reading) -> Metrics:
@@ -113,37 +132,48 @@ class Retraining:
             # Backward layer by layer: only one mixer's activations exist at a time.
             with torch.enable_grad(), self._autocast():
                 got, _ = mixers[index](x, position_embeddings, starts=read.starts)
-                error = (got.float() - wanted.float()).square().mean() / wanted.float().square().mean()
+                error = (got.float() - wanted.float()).square().mean() / self.ranks.mean(wanted.float().square().mean())
             error.backward()
             errors.append(error.detach())
 
         with attention_visited(self.teacher, visit), torch.no_grad():
             self._teach(read)
-        mean = float(torch.stack(errors).mean())
+        mean = self.ranks.mean_of({"loss": float(torch.stack(errors).mean())})["loss"]
         return {"loss": mean, "alignment_error": mean**0.5}
 
     def _distil(self, read: _Reading) -> Metrics:
         with torch.no_grad():
             wanted = self._teach(read)
         with self._autocast():
-            hidden = self.student.model(
+            hidden = self._trunk(
                 input_ids=read.ids, position_ids=read.positions, document_starts=read.starts, use_cache=False
-            ).last_hidden_state
+            )
+        labels = read.labels.flatten()
         loss, kl, next_token = distillation_loss(
             hidden.to(self.dtype).flatten(0, 1),
             self.student.lm_head.weight,
             wanted.flatten(0, 1),
             self.teacher.lm_head.weight,
-            read.labels.flatten(),
+            labels,
             self.recipe.next_token_weight,
+            labelled=self.ranks.mean((labels >= 0).sum().double()).clamp(min=1),
             compiled=self.compiled,
         )
         loss.backward()
-        return {"loss": float(loss.detach()), "kl": float(kl), "next_token_loss": float(next_token)}
+        return self.ranks.mean_of({"loss": float(loss.detach()), "kl": float(kl), "next_token_loss": float(next_token)})
 
     def _teach(self, read: _Reading) -> Tensor:
         """``[B, T, hidden]``: the teacher's last hidden state."""
-        return read_documents(self.teacher, read.ids, read.positions, read.cu_seqlens)
+        return read_documents(self._taught, read.ids, read.positions, read.cu_seqlens)
+
+    def _place(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> Trunk:
+        """Bring a model to where it is computed with, divided among the ranks; returns what is called."""
+        trunk, mesh = Trunk(model), self.ranks.mesh
+        if mesh is None:
+            model.to(self.device)
+        else:
+            hand_out(model, self.ranks, self.device, lambda: parallelize(model, mesh, dtype, root=trunk))
+        return trunk
 
     def _autocast(self) -> AbstractContextManager[object]:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
@@ -171,6 +201,16 @@ def fastest_precision(device: torch.device | str = "cpu") -> str:
     """``bfloat16`` where ``device`` multiplies it clearly faster than float32, else ``float32``."""
     wide, narrow = (matmul_rate(dtype, device=device) for dtype in (torch.float32, torch.bfloat16))
     return "bfloat16" if 0.6 * narrow > wide else "float32"
+
+
+def _clip(parameters: list[Tensor], largest: float) -> Tensor:
+    """Scale gradients down to a total norm of ``largest``; returns the norm they had, over all ranks."""
+    with_gradient = [p for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in with_gradient if p.grad is not None])
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    torch.nn.utils.clip_grads_with_norm_(with_gradient, largest, norm)
+    return norm
 
 
 def compile_layers(model: PreTrainedModel) -> None:

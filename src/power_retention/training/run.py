@@ -9,20 +9,24 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
-from power_retention.errors import CheckpointError, PowerRetentionError, RunInterrupted
+from power_retention.errors import CheckpointError, OutputError, PowerRetentionError, RunInterrupted
 from power_retention.files import clear_write_errors, replacement, write_json
-from power_retention.training.checkpoint import load_latest, save_checkpoint
+from power_retention.training.checkpoint import Checkpoints, Place
+from power_retention.training.parallel import Ranks
 from power_retention.training.recipe import Recipe
 from power_retention.training.retraining import Metrics, Retraining
 
 MOST_SKIPPED = 5
-"""Steps in a row without a finite loss after which a run gives up."""
+"""Steps in a row without a finite loss after which a run goes back to its last checkpoint."""
+
+MOST_ROLLBACKS = 3
+"""Times that a run goes back before it gives up."""
 
 
 @dataclass(frozen=True)
@@ -97,60 +101,166 @@ def execute(
     folder: RunFolder,
     *,
     watch: Callable[[Progress], None] | None = None,
+    tell: Callable[[str], None] | None = None,
     checkpoint_seconds: float = 300.0,
     stop_after: int | None = None,
 ) -> None:
     """Take every step that is still to be taken, then leave the trained student in ``retraining.student``.
 
     A step depends on the weights, the optimiser state, the seed and its number only, so a run that was stopped and resumed
-    ends with the same weights, bit for bit, as one that was not (on the same machine and number of threads).
+    ends with the same weights, bit for bit, as one that was not (on the same machine and number of threads and ranks).
+
+    A step whose loss is not finite changes nothing, on all ranks alike.  After :data:`MOST_SKIPPED` of them in a row the run
+    goes back to its newest checkpoint and on from there with the data that come next, :data:`MOST_ROLLBACKS` times at most.
 
     Args:
-        retraining: what to step.
-        folder: where records and checkpoints go; the newest checkpoint in it is continued.
+        retraining: what to step; all its ranks call this.
+        folder: where records and checkpoints go; the newest checkpoint in it that is whole is continued.
         watch: told about every step.
+        tell: told, in a sentence, about what went wrong and was put right.
         checkpoint_seconds: time between checkpoints.
         stop_after: save and stop after this many steps in all, as an interrupt would.
 
     Raises:
-        RunInterrupted: after SIGINT or SIGTERM; everything is saved.
+        RunInterrupted: after SIGINT or SIGTERM to any rank; everything is saved.
         OutputError: the disk is full; the last checkpoint is intact.
+        PowerRetentionError: the loss stays without a finite value.
     """
-    recipe = retraining.recipe
-    first = load_latest(folder.checkpoints, retraining.student, retraining.optimizer)
-    folder.forget_after(first)
-    started = last_saved = time.monotonic()
-    skipped = 0
-    with (
-        _stop_requests() as stop,
-        clear_write_errors(folder.metrics),
-        folder.metrics.open("a", encoding="utf-8") as out,
-    ):
-        for step in range(first, recipe.steps):
-            metrics = retraining.step(step)
-            done = step + 1
-            now = time.monotonic()
-            rate = (done - first) * recipe.tokens_per_step / (now - started)
-            finite = {
-                name: value if math.isfinite(value) else None for name, value in metrics.items()
-            }  # NaN is no JSON
-            record = {"step": done, "tokens": done * recipe.tokens_per_step, "stage": recipe.stage(step), **finite}
-            out.write(json.dumps({**record, "tokens_per_second": round(rate, 1)}) + "\n")
-            out.flush()
-            if watch:
-                watch(Progress(done, recipe.steps, recipe.stage(step), metrics, rate))
-            skipped = skipped + 1 if metrics["skipped"] else 0
-            if skipped == MOST_SKIPPED:
-                raise PowerRetentionError(
-                    f"The loss was not finite for {skipped} steps in a row, up to step {done}: lower the learning rates. The "
-                    "last checkpoint is untouched."
+    with _stop_requests() as stop, _Records(folder, retraining.ranks) as records:
+        _Run(retraining, folder, records, watch, tell or _nobody, checkpoint_seconds).take_steps(stop, stop_after)
+
+
+class _Run:
+    """The steps of one process until the run ends or is stopped."""
+
+    def __init__(
+        self,
+        retraining: Retraining,
+        folder: RunFolder,
+        records: _Records,
+        watch: Callable[[Progress], None] | None,
+        tell: Callable[[str], None],
+        checkpoint_seconds: float,
+    ) -> None:
+        self.retraining, self.recipe, self.ranks = retraining, retraining.recipe, retraining.ranks
+        self.records, self.watch, self.tell = records, watch, tell
+        self.checkpoints, self.checkpoint_seconds = Checkpoints(folder.checkpoints, self.ranks), checkpoint_seconds
+        self.steps_here = 0
+
+    def take_steps(self, stop: threading.Event, stop_after: int | None) -> None:
+        """Until the last one, or the one after which a stop was asked for."""
+        self._go_to(self._load())
+        self.started = self.last_saved = time.monotonic()
+        while self.place.step < self.recipe.steps:
+            self._step()
+            if self.place.skipped >= MOST_SKIPPED:
+                self._roll_back()
+                continue
+            done = self.place.step
+            due = time.monotonic() - self.last_saved > self.checkpoint_seconds and not self.place.skipped
+            stopping, due, failing = self.ranks.any(
+                stop.is_set() or done == stop_after, due, self.checkpoints.failed or self.records.failed
+            )
+            if failing:
+                self._fail()
+            if due or stopping or done == self.recipe.steps:
+                self.checkpoints.save(self.place, self.retraining.student, self.retraining.optimizer)
+                self.last_saved = time.monotonic()
+            if stopping and done < self.recipe.steps:
+                self.checkpoints.wait()
+                raise RunInterrupted(f"Stopped after step {done} of {self.recipe.steps}; everything is saved.")
+        self.checkpoints.wait()
+
+    def _load(self) -> Place:
+        return self.checkpoints.load(self.retraining.student, self.retraining.optimizer, self.tell)
+
+    def _go_to(self, place: Place) -> None:
+        self.place, self.retraining.data_shift = place, place.data_shift
+        self.records.continue_after(place.step)
+
+    def _step(self) -> None:
+        step = self.place.step
+        metrics = self.retraining.step(step)
+        skipped = self.place.skipped + 1 if metrics["skipped"] else 0
+        self.place = replace(self.place, step=step + 1, skipped=skipped)
+        self.steps_here += 1
+        rate = self.steps_here * self.recipe.tokens_per_step / (time.monotonic() - self.started)
+        tokens, stage = (step + 1) * self.recipe.tokens_per_step, self.recipe.stage(step)
+        self.records.add({"step": step + 1, "tokens": tokens, "stage": stage, **metrics, "tokens_per_second": rate})
+        if self.watch:
+            self.watch(Progress(step + 1, self.recipe.steps, stage, metrics, rate))
+
+    def _roll_back(self) -> None:
+        bad = self.place
+        why = f"The loss was not finite for {bad.skipped} steps in a row, up to step {bad.step}"
+        self.checkpoints.wait()
+        if bad.rollbacks == MOST_ROLLBACKS or not self.checkpoints.any_there:
+            again = f" for the {bad.rollbacks + 1}th time" if bad.rollbacks else ""
+            raise PowerRetentionError(f"{why}{again}: lower the learning rates. The last checkpoint is untouched.")
+        good = self._load()
+        shift = bad.data_shift + bad.step - good.step  # the next data are those that come after the ones that failed
+        place = replace(good, data_shift=shift, rollbacks=bad.rollbacks + 1, skipped=0)
+        self.checkpoints.note(place)
+        self._go_to(place)
+        self.tell(f"{why}: back to step {good.step}, and on with the data that come next.")
+
+    def _fail(self) -> None:
+        self.checkpoints.wait()  # says what went wrong, if it went wrong there
+        self.records.check()
+        raise OutputError("Another rank could not write; its message says what.")
+
+
+class _Records:
+    """The lines of ``metrics.jsonl``, kept by the first rank; what goes wrong is kept until all ranks can stop together."""
+
+    def __init__(self, folder: RunFolder, ranks: Ranks) -> None:
+        self.folder, self.kept = folder, ranks.first
+        self.error: OutputError | None = None
+        self._file: TextIO | None = None
+
+    def __enter__(self) -> _Records:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        if self._file is not None:
+            with suppress(OSError):  # what could not be written was reported already
+                self._file.close()
+
+    def continue_after(self, step: int) -> None:
+        """Drop the records of steps that will be taken again."""
+        if self.kept:
+            self.__exit__()
+            self.folder.forget_after(step)
+            with clear_write_errors(self.folder.metrics):
+                self._file = self.folder.metrics.open("a", encoding="utf-8")
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Write a line; what is not finite becomes null."""
+        if self._file is None or self.error is not None:
+            return
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        try:
+            with clear_write_errors(self.folder.metrics):
+                self._file.write(
+                    json.dumps({**finite, "tokens_per_second": round(record["tokens_per_second"], 1)}) + "\n"
                 )
-            stopping, finished = stop.is_set() or done == stop_after, done == recipe.steps
-            if stopping or finished or now - last_saved > checkpoint_seconds:
-                save_checkpoint(folder.checkpoints, done, retraining.student, retraining.optimizer)
-                last_saved = time.monotonic()
-            if stopping and not finished:
-                raise RunInterrupted(f"Stopped after step {done} of {recipe.steps}; everything is saved.")
+                self._file.flush()
+        except OutputError as error:
+            self.error = error
+
+    @property
+    def failed(self) -> bool:
+        """Whether a line could not be written."""
+        return self.error is not None
+
+    def check(self) -> None:
+        """Raise what went wrong, if something did."""
+        if self.error is not None:
+            raise self.error
+
+
+def _nobody(sentence: str) -> None:
+    pass
 
 
 def remove_checkpoints(folder: RunFolder) -> None:

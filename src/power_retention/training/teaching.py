@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import AttentionInterface, PreTrainedModel
 _NAME = "power_retention_documents"
 
 
-def prepare_teacher(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> None:
+def prepare_teacher(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Make a Transformer a teacher, in place: it is not trained, and its attention keeps to the documents it is told of.
 
     Its inputs may not be padded from now on: there is no mask any more.
@@ -22,22 +23,18 @@ def prepare_teacher(model: PreTrainedModel, dtype: torch.dtype, device: torch.de
     model.eval().requires_grad_(False)
     for value in model.parameters():  # and no buffer: rotary frequencies in bfloat16 are another model's
         value.data = value.data.to(dtype)
-    model.to(device)
     model.set_attn_implementation(_NAME)
 
 
-def read_documents(model: PreTrainedModel, ids: Tensor, positions: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+def read_documents(trunk: Callable[..., Tensor], ids: Tensor, positions: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """The last hidden state ``[B, T, hidden]`` of a prepared teacher.
 
     Args:
-        model: see :func:`prepare_teacher`.
+        trunk: the :class:`~power_retention.training.parallel.Trunk` of it, see :func:`prepare_teacher`.
         ids, positions: ``[B, T]``.
         cu_seqlens: int32 ``[pieces + 1]``, borders of the documents in the flattened ids; None where each row is one.
     """
-    hidden: Tensor = model.model(
-        input_ids=ids, position_ids=positions, use_cache=False, document_borders=cu_seqlens
-    ).last_hidden_state
-    return hidden
+    return trunk(input_ids=ids, position_ids=positions, use_cache=False, document_borders=cu_seqlens)
 
 
 def _attention(

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from power_retention.conversion.swap import swap_attention
 from power_retention.errors import ArgumentError, DataError
 from power_retention.training.mixture import NO_LABEL, Mixture, Phase, read_mixture, shuffled
+from power_retention.training.parallel import Trunk
 from power_retention.training.sharding import make_shards
 from power_retention.training.shards import Shard, ShardedTokens
 from power_retention.training.teaching import prepare_teacher, read_documents
@@ -169,11 +170,11 @@ class TestPacking:
         assert len(batch.cu_seqlens) > 3
         theirs = AutoModelForCausalLM.from_pretrained(stories_dir).double().eval()
         teacher = AutoModelForCausalLM.from_pretrained(stories_dir)
-        prepare_teacher(teacher, torch.float64, torch.device("cpu"))
+        prepare_teacher(teacher, torch.float64)
         with torch.no_grad():
-            packed = teacher.lm_head(read_documents(teacher, batch.ids, batch.position_ids, batch.cu_seqlens)).flatten(
-                0, 1
-            )
+            packed = teacher.lm_head(
+                read_documents(Trunk(teacher), batch.ids, batch.position_ids, batch.cu_seqlens)
+            ).flatten(0, 1)
             student = swap_attention(AutoModelForCausalLM.from_pretrained(stories_dir).double())
             ours = student(batch.ids, position_ids=batch.position_ids, document_starts=batch.document_starts)
             ours = ours.logits.flatten(0, 1)

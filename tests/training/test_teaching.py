@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import MistralConfig, MistralForCausalLM
 
+from power_retention.training.parallel import Trunk
 from power_retention.training.teaching import prepare_teacher, read_documents
 
 
@@ -23,13 +24,13 @@ def test_each_document_by_itself(window: int | None, borders: list[int] | None) 
     )  # fmt: skip
     plain = MistralForCausalLM(config).double().eval()
     teacher = copy.deepcopy(plain)
-    prepare_teacher(teacher, torch.float64, torch.device("cpu"))
+    prepare_teacher(teacher, torch.float64)
     ids = torch.randint(0, 50, (2, 40))
     cu_seqlens = None if borders is None else torch.tensor(borders, dtype=torch.int32)
     pieces = [0, 40, 80] if borders is None else borders
     positions = torch.cat([torch.arange(end - start) for start, end in pairwise(pieces)]).view(2, 40)
     with torch.no_grad():
-        got = read_documents(teacher, ids, positions, cu_seqlens).flatten(0, 1)
+        got = read_documents(Trunk(teacher), ids, positions, cu_seqlens).flatten(0, 1)
         wanted: list[Tensor] = [
             plain.model(ids.flatten()[None, start:end], use_cache=False).last_hidden_state[0]
             for start, end in pairwise(pieces)

@@ -229,6 +229,11 @@ def hand_out(model: nn.Module, ranks: Ranks, device: torch.device, shard: Callab
             value.detach().copy_(full)
 
 
+def make_root(module: nn.Module) -> None:
+    """Make a sharded module the root of those inside, before one of them is called by itself and takes itself for it."""
+    module._get_fsdp_state()._lazy_init()  # type: ignore[operator, union-attr]  # what its first call would do
+
+
 def whole_tensors(model: nn.Module, ranks: Ranks) -> dict[str, Tensor]:
     """Every parameter and kept buffer in host memory, tied ones under their first name; nothing on later ranks."""
     kept = set(model.state_dict())

@@ -17,7 +17,7 @@ from power_retention.machine import matmul_rate
 from power_retention.models import PowerRetentionForCausalLM
 from power_retention.training.losses import distillation_loss
 from power_retention.training.mixture import Mixture
-from power_retention.training.parallel import ALONE, Ranks, Trunk, hand_out, parallelize
+from power_retention.training.parallel import ALONE, Ranks, Trunk, hand_out, make_root, parallelize
 from power_retention.training.recipe import Recipe, Stage
 from power_retention.training.teaching import prepare_teacher, read_documents
 from power_retention.training.text import Tokens, sample_batch
@@ -173,6 +173,7 @@ class Retraining:
             model.to(self.device)
         else:
             hand_out(model, self.ranks, self.device, lambda: parallelize(model, mesh, dtype, root=trunk))
+            make_root(trunk)
         return trunk
 
     def _autocast(self) -> AbstractContextManager[object]:

@@ -251,7 +251,7 @@ def test_weights_alone(saved: tuple[Path, State]) -> None:
     assert weights.keys() == parameters.keys()
     assert all(value.equal(parameters[name]) for name, value in weights.items())
     flip(folder / "step-00000002" / "__0_0.distcp", 0.5)
-    with pytest.raises(CheckpointError, match="__0_0.distcp does not match"):
+    with pytest.raises(CheckpointError, match=r"__0_0\.distcp does not match"):
         read_weights(folder / "step-00000002")
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
+from worlds import in_ranks, start_ranks
 
 from power_retention.conversion.swap import swap_attention
-from power_retention.errors import ArgumentError, OutputError, PowerRetentionError, RunInterrupted
+from power_retention.errors import ArgumentError, RunInterrupted
 from power_retention.models import PowerRetentionForCausalLM
-from power_retention.training import checkpoint
+from power_retention.training.checkpoint import Checkpoints
 from power_retention.training.mixture import read_mixture
 from power_retention.training.parallel import ALONE, Ranks, whole_tensors
 from power_retention.training.recipe import Recipe
@@ -28,7 +31,6 @@ from power_retention.training.run import Progress, RunFolder, execute
 from power_retention.training.sharding import make_shards
 from power_retention.training.text import Tokens
 from tiny_models import tiny_parent, tokens
-from worlds import Outcome, in_ranks, start_ranks
 
 RECIPE = Recipe(
     steps=8, align_share=0.5, batch=4, length=32, align_lr=2e-3, mixer_lr=1e-3, other_lr=5e-4, next_token_weight=0.2
@@ -149,3 +151,264 @@ def test_any_number_of_ranks_computes_the_same(
         assert_near(each.norms, alone.norms, 1e-4)
     lines = [json.loads(line) for line in RunFolder(tmp_path).metrics.read_text().splitlines()]
     assert [line["loss"] for line in lines] == done[0].losses
+
+
+@pytest.fixture(scope="module")
+def shards(stories_dir: Path, stories_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shards") / "stories"
+    make_shards([str(stories_text)], str(stories_dir), folder, shard_bytes=50_000)
+    return folder
+
+
+def test_packed_documents_with_unequal_numbers_of_labels(stories_dir: Path, shards: Path, tmp_path: Path) -> None:
+    """The mean is that over all labels, however they are spread over the ranks; on real weights with a tied head."""
+    teacher = AutoModelForCausalLM.from_pretrained(stories_dir)
+    teacher.save_pretrained(tmp_path / "teacher")
+    swap_attention(teacher).save_pretrained(tmp_path / "student")
+    task = Task(tmp_path, tmp_path / "run", shards, replace(RECIPE, length=256, steps=4, align_share=0.25))
+    with_borders = [
+        len(begin(ALONE, replace(task, run=tmp_path / "x"))[0]._read(step).cu_seqlens)  # type: ignore[arg-type]
+        for step in range(4)
+    ]
+    assert max(with_borders) > 5
+    alone = train(ALONE, replace(task, run=tmp_path / "alone"))
+    for done in in_ranks(train, 2, task):
+        assert_near(done.losses, alone.losses)
+
+
+def gradients_of(ranks: Ranks, task: Task) -> dict[str, Tensor]:
+    retraining, _ = begin(ranks, task)
+    found = {}
+    for stage in ("align", "distil"):
+        retraining.gradients(0, stage)  # type: ignore[arg-type]
+        for name, value in retraining.student.named_parameters():
+            if value.grad is not None:
+                whole = value.grad.full_tensor() if ranks.size > 1 else value.grad  # type: ignore[attr-defined]
+                found[f"{stage} {name}"] = whole.clone()
+        retraining.optimizer.zero_grad()
+    return found
+
+
+def assert_gradients_near(got: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float) -> None:
+    assert got.keys() == wanted.keys()
+    assert any(name.startswith("align") for name in got)
+    for name, value in got.items():
+        largest = max(float(each.abs().max()) for each in wanted.values())
+        assert float((value - wanted[name]).abs().max()) < tolerance * largest, name
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "glm4_moe", "starcoder2"])
+def test_gradients_of_every_kind_of_layer(kind: str, tmp_path: Path) -> None:
+    task = Task(save_models(kind, tmp_path), tmp_path / "run")
+    wanted = gradients_of(ALONE, task)
+    assert_gradients_near(in_ranks(gradients_of, 2, task)[1], wanted, 1e-6)
+
+
+def test_layers_computed_again_have_the_same_gradients(models: Path, tmp_path: Path) -> None:
+    task = Task(models, tmp_path)
+    again = replace(task, options=(("recompute", True),))
+    wanted = gradients_of(ALONE, task)
+    assert_gradients_near(gradients_of(ALONE, again), wanted, 1e-7)
+    assert_gradients_near(in_ranks(gradients_of, 2, again)[0], wanted, 1e-6)
+
+
+def test_bfloat16_is_gathered_and_float32_is_kept(models: Path, tmp_path: Path) -> None:
+    task = Task(models, tmp_path, recipe=replace(RECIPE, precision="bfloat16"))
+    exact, narrow = gradients_of(ALONE, replace(task, recipe=RECIPE)), gradients_of(ALONE, task)
+    sharded = in_ranks(gradients_of, 2, task)[0]
+    assert {value.dtype for value in sharded.values()} == {torch.float32}
+    assert_gradients_near(sharded, narrow, 0.05)
+    name = "distil model.layers.0.mlp.down_proj.weight"
+    errors = [float((each[name] - exact[name]).norm() / exact[name].norm()) for each in (sharded, narrow)]
+    assert 1e-4 < errors[0] < 2 * errors[1]
+
+
+def test_a_batch_that_cannot_be_shared_out_is_refused(models: Path, tmp_path: Path) -> None:
+    done = start_ranks(train, 2, Task(models, tmp_path, recipe=replace(RECIPE, batch=3)))
+    assert all("batch of 3 sequences cannot be shared out evenly among 2 ranks" in each.error for each in done)
+    with pytest.raises(ArgumentError, match="multiple of 4"):
+        Ranks(1, 4).rows(6)
+
+
+def test_ranks_that_cannot_be_grouped_are_refused(models: Path, tmp_path: Path) -> None:
+    done = start_ranks(train, 2, Task(models, tmp_path), dp_replicate=3)
+    assert all("2 ranks cannot be divided into 3 groups" in each.error for each in done)
+
+
+@pytest.fixture(scope="module")
+def straight(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
+    """The run in two processes that nothing stopped."""
+    done: Done = in_ranks(train, 2, Task(models, tmp_path_factory.mktemp("runs") / "two"))[0]
+    return done
+
+
+class TestNothingIsLost:
+    """Whatever happens to a run of several ranks, it ends where the one that nothing happened to does."""
+
+    def test_resumed_at_the_same_size_it_is_the_same_bit_for_bit(
+        self, models: Path, straight: Done, tmp_path: Path
+    ) -> None:
+        task = Task(models, tmp_path)
+        losses = []
+        for stop in (3, 6, None):
+            done = in_ranks(train, 2, replace(task, stop_after=stop))[0]
+            losses += done.losses
+            assert not stop or done.said == [f"Stopped after step {stop} of 8; everything is saved."]
+        assert losses == straight.losses
+        assert_equal(done.weights, straight.weights)
+
+    def test_resumed_by_other_numbers_of_ranks(self, models: Path, alone: Done, tmp_path: Path) -> None:
+        task = Task(models, tmp_path)
+        losses = []
+        for size, stop in ((1, 2), (2, 4), (4, 6)):
+            run = replace(task, stop_after=stop)
+            losses += (in_ranks(train, size, run)[0] if size > 1 else train(ALONE, run)).losses
+        losses += train(ALONE, task).losses
+        assert_near(losses, alone.losses)
+
+    @pytest.mark.parametrize("moment", ["_write_tensors", "_digests", "_finish"])
+    def test_killed_while_saving_the_checkpoint_before_is_there(
+        self, models: Path, straight: Done, tmp_path: Path, moment: str
+    ) -> None:
+        task = Task(models, tmp_path)
+        in_ranks(train, 2, replace(task, stop_after=3))
+        outcomes = start_ranks(train_until_killed, 2, replace(task, stop_after=6), moment)
+        assert outcomes[0].exitcode == -signal.SIGKILL
+        left = os.listdir(tmp_path / "checkpoints")
+        assert [name for name in left if name.startswith("step")] == ["step-00000003"]
+        assert any(name.startswith(".step-00000006-partial") for name in left)
+        done = in_ranks(train, 2, task)[0]
+        assert done.losses == straight.losses[3:]
+        assert_equal(done.weights, straight.weights)
+
+    def test_one_flipped_byte_is_found_and_the_last_good_one_taken(
+        self, models: Path, straight: Done, tmp_path: Path
+    ) -> None:
+        task = Task(models, tmp_path)
+        in_ranks(train, 2, replace(task, stop_after=6, checkpoint_seconds=0))
+        damaged = tmp_path / "checkpoints" / "step-00000006" / "__1_0.distcp"
+        content = bytearray(damaged.read_bytes())
+        content[len(content) // 3] ^= 255
+        damaged.write_bytes(content)
+        done = in_ranks(train, 2, task)
+        for each in done:
+            assert each.said[0].startswith(f"The checkpoint {damaged.parent} is damaged: __1_0.distcp does not match")
+            assert each.said[0].endswith("Continuing from step-00000005.")
+            assert each.losses == straight.losses[5:]
+        assert_equal(done[0].weights, straight.weights)
+
+    def test_a_signal_to_one_rank_stops_all_after_the_same_step(
+        self, models: Path, straight: Done, tmp_path: Path
+    ) -> None:
+        task = Task(models, tmp_path)
+        stopped = in_ranks(train_signalled, 2, task)
+        assert [each.said for each in stopped] == [["Stopped after step 5 of 8; everything is saved."]] * 2
+        done = in_ranks(train, 2, task)[0]
+        assert stopped[0].losses + done.losses == straight.losses
+        assert_equal(done.weights, straight.weights)
+
+    def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(self, models: Path, tmp_path: Path) -> None:
+        done = in_ranks(train_faulty, 2, Task(models, tmp_path), (4,))
+        assert done[0].weights.keys()
+        lines = [json.loads(line) for line in RunFolder(tmp_path).metrics.read_text().splitlines()]
+        assert [line["skipped"] for line in lines] == [0, 0, 0, 0, 1, 0, 0, 0]
+        assert all(bool(value.isfinite().all()) for value in done[0].weights.values())
+
+    def test_several_in_a_row_go_back_and_skip_the_data(self, models: Path, tmp_path: Path) -> None:
+        """Data 4 to 8 are bad: the run goes back to step 3, and its step 3 reads the data of step 9."""
+        task = Task(models, tmp_path / "faulty", recipe=replace(RECIPE, steps=12))
+        in_ranks(train, 2, replace(task, stop_after=3))
+        done = in_ranks(train_faulty, 2, task, range(4, 9))
+        assert all(
+            "not finite for 5 steps in a row, up to step 9: back to step 3, and" in each.said[0] for each in done
+        )
+        lines = [json.loads(line) for line in RunFolder(task.run).metrics.read_text().splitlines()]
+        assert [line["step"] for line in lines] == list(range(1, 13))
+        assert not any(line["skipped"] for line in lines)
+        shifted = in_ranks(train_shifted, 2, replace(task, run=tmp_path / "shifted"), 3, 6)[0]
+        assert_equal(done[0].weights, shifted.weights)
+
+    def test_going_back_has_an_end(self, models: Path, tmp_path: Path) -> None:
+        task = Task(models, tmp_path, recipe=replace(RECIPE, steps=100))
+        in_ranks(train, 2, replace(task, stop_after=1))
+        outcomes = start_ranks(train_faulty, 2, task, range(2, 10_000))
+        assert all(
+            "not finite for 5 steps in a row, up to step 6 for the 4th time: lower" in each.error for each in outcomes
+        )
+        assert os.listdir(tmp_path / "checkpoints") == ["step-00000001"]
+
+    def test_a_full_disk_stops_all_and_keeps_what_was_saved(
+        self, models: Path, straight: Done, disk_of: Callable[[int], Path], tmp_path: Path
+    ) -> None:
+        task = Task(models, disk_of(900) / "run")
+        in_ranks(train, 2, replace(task, stop_after=5))
+        outcomes = start_ranks(train, 2, replace(task, stop_after=7))
+        assert all("OutputError: Could not write" in each.error for each in outcomes)
+        assert os.listdir(task.run / "checkpoints") == ["step-00000005"]
+        done = in_ranks(train, 2, replace(task, run=copied(task.run, tmp_path / "run")))[0]
+        assert done.losses == straight.losses[5:]
+        assert_equal(done.weights, straight.weights)
+
+
+def copied(folder: Path, to: Path) -> Path:
+    shutil.copytree(folder, to)
+    return to
+
+
+def train_until_killed(ranks: Ranks, task: Task, moment: str) -> Done:
+    """The first rank dies as it comes to one moment of saving; the other finds that out by itself."""
+    if ranks.first:
+        before = getattr(Checkpoints, moment)
+
+        def die(*args: Any) -> Any:
+            if moment == "_write_tensors":  # after its file was begun
+                (args[1] / "__0_0.distcp").write_bytes(b"half")
+            else:
+                before(*args) if moment == "_digests" else None
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        setattr(Checkpoints, moment, die)
+    return train(ranks, task)
+
+
+def train_signalled(ranks: Ranks, task: Task) -> Done:
+    def interrupt(progress: Progress) -> None:
+        if progress.step == 5 and ranks.rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return train(ranks, task, watch=interrupt)
+
+
+class Faulty(Retraining):
+    """Some data give the last rank a gradient that is no number."""
+
+    bad: Sequence[int]
+
+    def gradients(self, step: int, stage: Any = None) -> Metrics:
+        metrics = super().gradients(step, stage)
+        if step + self.data_shift in type(self).bad and self.ranks.rank == self.ranks.size - 1:
+            gradient = self.student.model.layers[0].self_attn.q_proj.weight.grad
+            assert isinstance(gradient, DTensor)
+            gradient.to_local()[0, 0] = torch.nan
+        return metrics
+
+
+def train_faulty(ranks: Ranks, task: Task, bad: Sequence[int]) -> Done:
+    Faulty.bad = bad
+    return train(ranks, task, Faulty)
+
+
+class Shifted(Retraining):
+    """From some step on, reads later data."""
+
+    first: int
+    shift: int
+
+    def step(self, step: int) -> Metrics:
+        self.data_shift = self.shift if step >= self.first else 0
+        return super().step(step)
+
+
+def train_shifted(ranks: Ranks, task: Task, first: int, shift: int) -> Done:
+    Shifted.first, Shifted.shift = first, shift
+    return train(ranks, task, Shifted)

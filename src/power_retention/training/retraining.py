@@ -6,10 +6,12 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from power_retention.conversion.calibrate import attention_visited, position_offsets
@@ -76,7 +78,7 @@ class Retraining:
             compile_layers(teacher)
             compile_layers(student)
         if recompute:
-            student.gradient_checkpointing_enable({"use_reentrant": False})
+            _recompute_layers(student)
         self._taught = self._place(teacher)
         self._trunk = self._place(student, self.dtype if self.dtype != torch.float32 else None)
         mixer, other = _split_parameters(student)
@@ -222,6 +224,12 @@ def compile_layers(model: PreTrainedModel) -> None:
     for layer in model.model.layers:
         for part in (layer.input_layernorm, layer.self_attn, layer.post_attention_layernorm, layer.mlp):
             part.forward = torch.compile(part.forward)
+
+
+def _recompute_layers(student: PowerRetentionForCausalLM) -> None:
+    for layer in student.model.layers:
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        layer.gradient_checkpointing = True
 
 
 def _of_any_size(x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 
 from power_retention.errors import CheckpointError, OutputError
 from power_retention.models import PowerRetentionForCausalLM
-from power_retention.training.checkpoint import Checkpoints, Place, newest_checkpoint, read_weights
+from power_retention.training.checkpoint import Checkpoints, Place, checkpoint_of, read_weights
 from tiny_models import tiny_model, tokens
 
 State = tuple[PowerRetentionForCausalLM, torch.optim.AdamW]
@@ -55,9 +55,7 @@ def save(folder: Path, step: int, state: State) -> Path:
     checkpoints = Checkpoints(folder)
     checkpoints.save(Place(step), *state)
     checkpoints.wait()
-    path = newest_checkpoint(folder)
-    assert path is not None
-    return path
+    return checkpoint_of(folder)
 
 
 def load(folder: Path, state: State) -> int:
@@ -105,7 +103,8 @@ def test_what_is_trained_meanwhile_is_not_in_it(tmp_path: Path) -> None:
     checkpoints._writer.submit(held.wait)  # the disk is busy
     checkpoints.save(Place(2), *state)
     train(state, 2)
-    assert newest_checkpoint(tmp_path) is None
+    with pytest.raises(CheckpointError, match="has no checkpoint; it has no step"):
+        checkpoint_of(tmp_path)
     held.set()
     checkpoints.wait()
     assert load(tmp_path, other) == 2
@@ -148,7 +147,9 @@ def test_one_flipped_bit_is_seen(saved: tuple[Path, State], name: str, place: fl
     folder, _ = saved
     flip(folder / "step-00000002" / name, place)
     state = fresh()
-    with pytest.raises(CheckpointError, match=rf"step-00000002 is damaged: .*{re.escape(name)} .*Delete .*checkpoints"):
+    with pytest.raises(
+        CheckpointError, match=rf"step-00000002 is damaged: .*{re.escape(name)} .*Delete .*step-00000002"
+    ):
         load(folder, state)
     assert_equal(state, fresh())
 

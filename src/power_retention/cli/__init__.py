@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from power_retention.cli import bench, card, convert, data, env, evaluate, generate, plan, retrain, state, tune
-from power_retention.cli.display import status
+from power_retention.cli import bench, card, convert, data, env, evaluate, export, generate, plan, retrain, state, tune
+from power_retention.cli.display import results, status
 from power_retention.errors import PowerRetentionError, RunInterrupted
 
 app = typer.Typer(
@@ -21,7 +21,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-for module in (convert, data, retrain, evaluate, generate, state, card, plan, bench, tune, env):
+for module in (convert, data, retrain, export, evaluate, generate, state, card, plan, bench, tune, env):
     module.register(app)
 
 
@@ -50,6 +50,8 @@ def main() -> None:
     # Threads that wait by spinning slow each other down several times over as soon as anything else runs beside them;
     # threads that never spin lose a third on an idle machine.  This is in between.  Read when torch is loaded, later.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    rank = int(os.environ.get("RANK", "0"))
+    status.quiet = results.quiet = rank > 0  # of many processes, the first one speaks
     try:
         app()
     except RunInterrupted as stopped:
@@ -57,5 +59,7 @@ def main() -> None:
         status.print(message, soft_wrap=True)
         sys.exit(75)
     except PowerRetentionError as error:
-        status.print(Text.assemble(("error: ", "bold red"), " ".join(str(error).split())), soft_wrap=True)
+        status.quiet = False
+        who = f"error on rank {rank}: " if rank else "error: "
+        status.print(Text.assemble((who, "bold red"), " ".join(str(error).split())), soft_wrap=True)
         sys.exit(1)

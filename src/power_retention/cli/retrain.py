@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from power_retention.conversion.source import Source
     from power_retention.models import PowerRetentionForCausalLM
     from power_retention.training.mixture import Mixture
+    from power_retention.training.parallel import Ranks
     from power_retention.training.recipe import Recipe
     from power_retention.training.run import Progress, RunFolder
     from power_retention.training.text import Tokens
@@ -66,6 +68,12 @@ def retrain(
         bool | None,
         typer.Option("--compile/--no-compile", help="Fuse layers with torch.compile; on a GPU by default."),
     ] = None,
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="Compute layers again in the backward pass: less memory, more time.")
+    ] = False,
+    replicas: Annotated[
+        int, typer.Option(help="Of several processes: groups that each hold all weights; 1 divides them among all.")
+    ] = 1,
     checkpoint_minutes: Annotated[float, typer.Option(help="Time between checkpoints.")] = 5.0,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in OUT exactly where it stopped.")] = False,
     seed: Seed = 0,
@@ -74,6 +82,7 @@ def retrain(
     """Train a converted model to predict what its Transformer parent predicts: align, then distil.
 
     Ctrl-C saves and stops; --resume continues bit for bit. A twentieth of the documents is held out for `evaluate`.
+    Started by torchrun or srun in many processes, it divides models and batches among them; --batch counts all.
     Examples:
 
         power-retention retrain my-model my-model-retrained --text corpus.jsonl --minutes 30
@@ -81,65 +90,115 @@ def retrain(
         power-retention retrain my-model my-model-retrained --text corpus.jsonl --resume
 
         power-retention retrain my-model my-model-retrained --data mixture.toml --steps 5000 --batch 16 --length 2048
+
+        torchrun --nproc-per-node 8 -m power_retention.cli retrain my-model my-model-retrained --data mixture.toml --batch 64
     """
     quiet_libraries()
     from power_retention.errors import DataError
+    from power_retention.training.parallel import joined_ranks, whole_tensors
     from power_retention.training.recipe import Recipe
     from power_retention.training.retraining import Retraining, fastest_precision, steps_within
     from power_retention.training.run import RunFolder, execute, remove_checkpoints
 
     if bool(text) == bool(data):
         raise DataError("retrain needs text to train on: either --text FILE_OR_FOLDER or --data SHARDS_OR_MIXTURE.")
-    folder = RunFolder(out / "run")
-    _check_folder(out, folder, resume)
-    place = _choose_device(device)
-    placement: dict[str, Any] = {"device": place, "compiled": place.type == "cuda" if compiled is None else compiled}
-    with status.status("Opening model and teacher"):
-        student, source = open_student(model), open_noted_teacher(model, teacher)
-    mixture = _open_mixture(data, on_damage, source) if data else None
-    given = _inputs(model, source, text or [], text_field, mixture)
-    if resume and folder.exists:
-        recipe, inputs = folder.read_settings()
-        _check_same_inputs(inputs, given)
+    folder, place = RunFolder(out / "run"), _choose_device(device)
+    compiled = place.type == "cuda" if compiled is None else compiled
+    with joined_ranks(place, dp_replicate=replicas) as ranks:
+        ranks.first_does(lambda: _check_folder(out, folder, resume))
+        resuming = ranks.same(resume and folder.exists)
+        with status.status("Opening model and teacher"):
+            student, source = _open_models(model, teacher, ranks)
+        mixture = _open_mixture(data, on_damage, source) if data else None
+        given = _inputs(model, source, text or [], text_field, mixture)
+        if resuming:
+            recipe, inputs = folder.read_settings()
+            _check_same_inputs(inputs, given)
+        else:
+            rates = {"align_lr": align_lr, "mixer_lr": mixer_lr, "other_lr": other_lr, "align_share": align_share}
+            if _check_precision(precision) == "auto":
+                precision = ranks.same(fastest_precision(place))
+            recipe = Recipe(steps or 1, batch=batch, length=length, seed=seed, precision=precision, **rates)  # type: ignore[arg-type]
         documents = _training_documents(text or [], text_field, recipe.seed)
-    else:
-        documents = _training_documents(text or [], text_field, seed)
-        rates = {"align_lr": align_lr, "mixer_lr": mixer_lr, "other_lr": other_lr, "align_share": align_share}
-        precision = fastest_precision(place) if precision == "auto" else _check_precision(precision)
-        recipe = Recipe(steps or 1, batch=batch, length=length, seed=seed, precision=precision, **rates)  # type: ignore[arg-type]
-        if steps is None:
+        if mixture:
+            mixture.batch(0, batch=1, length=recipe.length, seed=0)  # refuses sources shorter than a sequence
+        timed = steps is None and not resuming
+        with status.status("Tokenizing"):
+            tokens = mixture or _tokenize(documents, source, recipe, _PROBE_TOKENS if timed else None)
+        options: dict[str, Any] = {"device": place, "compiled": compiled, "recompute": recompute, "ranks": ranks}
+        retraining = Retraining(student, source.model, tokens, recipe, **options)
+        if timed:
             with status.status("Timing a step of each stage"):
-                tokens = mixture or _tokenize(documents, source, recipe, _PROBE_TOKENS)
-                seconds = Retraining(student, source.model, tokens, recipe, **placement).seconds_per_step()
+                seconds = ranks.same(retraining.seconds_per_step())
             recipe = Recipe(**{**recipe.to_dict(), "steps": steps_within(minutes, seconds, align_share)})
-    if mixture:
-        mixture.batch(0, batch=1, length=recipe.length, seed=0)  # refuses sources shorter than a sequence
-    with status.status("Tokenizing"):
-        wanted = recipe.steps * recipe.batch * (recipe.length + 1)
-        tokens = mixture or _tokenize(documents, source, recipe, wanted)
-    if not folder.exists:
-        folder.begin(recipe, given)
-    retraining = Retraining(student, source.model, tokens, recipe, **placement)
-    with progress_bar(f"Retraining, {recipe.precision}") as update:
-        execute(
-            retraining,
-            folder,
-            watch=lambda progress: update(progress.step, progress.steps, _note(progress)),
-            checkpoint_seconds=60 * checkpoint_minutes,
-        )
-    with status.status(f"Writing {escape(str(out))}"):
-        _save(student, source, model, out)
-        remove_checkpoints(folder)
+            with status.status("Tokenizing"):
+                retraining.recipe, retraining.tokens = recipe, mixture or _tokenize(documents, source, recipe)
+        if not resuming:
+            ranks.first_does(lambda: folder.begin(recipe, given))
+        with progress_bar(f"Retraining, {recipe.precision}") as update:
+            execute(
+                retraining,
+                folder,
+                watch=lambda progress: update(progress.step, progress.steps, _note(progress)),
+                tell=_tell,
+                checkpoint_seconds=60 * checkpoint_minutes,
+            )
+        with status.status(f"Writing {escape(str(out))}"):
+            whole = whole_tensors(student, ranks) if ranks.size > 1 else {}
+            ranks.first_does(lambda: _write(student, whole, source, model, out))
+            ranks.first_does(lambda: remove_checkpoints(folder))
+        if ranks.first:
+            _report(out, recipe, json)
+
+
+def _report(out: Path, recipe: Recipe, json: bool) -> None:
     tokens_read = recipe.steps * recipe.tokens_per_step
     if json:
         print_json({"out": str(out), "tokens": tokens_read, "recipe": recipe.to_dict()})
-    else:
-        folder_name = escape(str(out))
-        results.print(
-            f"[bold]{folder_name}[/] holds the retrained model ({recipe.steps} steps, {tokens_read:,} tokens). See what it "
-            f"recovered:\n  power-retention evaluate {folder_name} --text …",
-            highlight=False,
-        )
+        return
+    folder_name = escape(str(out))
+    results.print(
+        f"[bold]{folder_name}[/] holds the retrained model ({recipe.steps} steps, {tokens_read:,} tokens). See what it "
+        f"recovered:\n  power-retention evaluate {folder_name} --text …",
+        highlight=False,
+    )
+
+
+def _tell(sentence: str) -> None:
+    status.print(f"[bold]note:[/] {escape(sentence)}", soft_wrap=True, highlight=False)
+
+
+def _open_models(model: Path, teacher: str | None, ranks: Ranks) -> tuple[PowerRetentionForCausalLM, Source]:
+    """Both models on the first rank, which hands out their weights later; on the others only their shapes."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    opened: list[Any] = []
+
+    def open_both() -> tuple[Any, Any, Source]:
+        student, source = open_student(model), open_noted_teacher(model, teacher)
+        opened.extend((student, source))
+        return student.config, source.model.config, replace(source, model=None)
+
+    student_config, teacher_config, source = ranks.first_does(open_both)
+    if not ranks.first:
+        with torch.device("meta"):
+            shapes = [
+                AutoModelForCausalLM.from_config(each, dtype=torch.float32) for each in (student_config, teacher_config)
+            ]
+        opened.extend((shapes[0], replace(source, model=shapes[1])))
+    return opened[0], opened[1]
+
+
+def _write(
+    student: PowerRetentionForCausalLM, whole: dict[str, torch.Tensor], source: Source, model: Path, out: Path
+) -> None:
+    from power_retention.training.export import assemble, write_result
+
+    if whole:  # it was divided among ranks
+        generation_config, student = student.generation_config, assemble(student.config, whole)
+        student.generation_config = generation_config
+    write_result(student, source.tokenizer, model, out)
 
 
 def _check_folder(out: Path, folder: RunFolder, resume: bool) -> None:
@@ -160,9 +219,10 @@ def _choose_device(device: str) -> torch.device:
     import torch
 
     from power_retention.errors import ArgumentError
+    from power_retention.training.parallel import launched_ranks, local_device
 
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(device)
         torch.empty(1, device=chosen)
@@ -170,13 +230,13 @@ def _choose_device(device: str) -> torch.device:
         raise ArgumentError(
             f"--device {device} cannot be used here ({error}); cpu, cuda or auto was expected."
         ) from error
-    return chosen
+    return local_device(chosen.type) if launched_ranks() > 1 else chosen
 
 
 def _check_precision(precision: str) -> str:
     from power_retention.errors import ArgumentError
 
-    if precision not in ("float32", "bfloat16"):
+    if precision not in ("float32", "bfloat16", "auto"):
         raise ArgumentError(f"--precision must be float32, bfloat16 or auto, not {precision!r}.")
     return precision
 
@@ -230,10 +290,13 @@ def _training_documents(text: list[Path], field: str, seed: int) -> list[str]:
     return documents
 
 
-def _tokenize(documents: list[str], source: Source, recipe: Recipe, wanted: int) -> Tokens:
+def _tokenize(documents: list[str], source: Source, recipe: Recipe, wanted: int | None = None) -> Tokens:
+    """As many tokens as the recipe reads, or as are wanted."""
     from power_retention.training.text import sample_batch, tokenize
 
-    tokens = tokenize(documents, source.tokenizer, max_tokens=max(wanted, recipe.batch * (recipe.length + 1)))
+    a_step = recipe.batch * (recipe.length + 1)
+    wanted = recipe.steps * a_step if wanted is None else max(wanted, a_step)
+    tokens = tokenize(documents, source.tokenizer, max_tokens=wanted)
     sample_batch(tokens, batch=1, length=recipe.length + 1, seed=0, step=0)  # refuses a text shorter than a window
     return tokens
 
@@ -242,24 +305,3 @@ def _note(progress: Progress) -> str:
     metrics = progress.metrics
     loss = f"error {metrics['alignment_error']:.3f}" if progress.stage == "align" else f"KL {metrics['kl']:.3f}"
     return f"{progress.stage}  {loss}  {progress.tokens_per_second:,.0f} tokens/s"
-
-
-def _save(student: PowerRetentionForCausalLM, source: Source, model: Path, out: Path) -> None:
-    """The trained model beside its run; config.json comes last, so that a folder with one is complete."""
-    import os
-    import shutil
-    import tempfile
-
-    from power_retention.conversion.convert import CALIBRATION, REPORT
-    from power_retention.files import clear_write_errors, sync_folder
-
-    with clear_write_errors(out), tempfile.TemporaryDirectory(prefix=".partial-", dir=out) as partial:
-        folder = Path(partial)
-        student.eval().save_pretrained(folder)
-        source.tokenizer.save_pretrained(folder)
-        for name in (REPORT, CALIBRATION):
-            if (model / name).exists():
-                shutil.copy(model / name, folder / name)
-        sync_folder(folder)
-        for path in sorted(folder.iterdir(), key=lambda path: path.name == "config.json"):
-            os.replace(path, out / path.name)

@@ -142,7 +142,7 @@ class Checkpoints:
                 return _place(_header(path))
             damaged.append((path, damage))
         if damaged:
-            raise CheckpointError(f"{damaged[0][1]} Delete {self.folder} to start over from the beginning.")
+            raise CheckpointError(f"{damaged[0][1]} Delete {damaged[0][0]} to start over from the beginning.")
         return Place()
 
     def note(self, place: Place) -> None:
@@ -287,9 +287,20 @@ def read_weights(checkpoint: Path) -> dict[str, Tensor]:
     return {name.removeprefix("model."): value for name, value in tensors.items()}
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest in a folder of checkpoints, whole or not."""
-    return next(reversed(_checkpoints(folder)), None)
+def checkpoint_of(folder: Path, step: int | None = None) -> Path:
+    """The checkpoint after a step, or the newest, in a folder of them; whole or not.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    there = _checkpoints(folder)
+    found = [path for path in there if step is None or path.name == _folder_name(step)]
+    if not found:
+        known = ", ".join(str(int(path.name.removeprefix("step-"))) for path in there) or "no step"
+        raise CheckpointError(
+            f"{folder} has no checkpoint{'' if step is None else f' of step {step}'}; it has {known}."
+        )
+    return found[-1]
 
 
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
-from power_retention.errors import ArgumentError, RunInterrupted
+from power_retention.errors import ArgumentError, PowerRetentionError, RunInterrupted
 
 MESH = ("dp_replicate", "dp_shard")
 
@@ -96,6 +96,19 @@ class Ranks:
         values = [value]
         dist.broadcast_object_list(values, src=0, group=self.control, device=torch.device("cpu"))
         return values[0]
+
+    def first_does(self, do: Callable[[], T]) -> T:
+        """What the first rank gets from doing something; what it is refused, all are refused."""
+        outcome: tuple[Any, PowerRetentionError | None] = None, None
+        if self.first:
+            try:
+                outcome = do(), None
+            except PowerRetentionError as error:
+                outcome = None, error
+        result, refusal = self.same(outcome)
+        if refusal is not None:
+            raise refusal
+        return result  # type: ignore[no-any-return]
 
     def wait(self) -> None:
         """Until all ranks are here."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from power_retention.conversion.calibrate import attention_visited, position_offsets
 from power_retention.machine import matmul_rate
@@ -227,7 +228,8 @@ def compile_layers(model: PreTrainedModel) -> None:
 
 
 def _recompute_layers(student: PowerRetentionForCausalLM) -> None:
-    for layer in student.model.layers:
+    layers: list[GradientCheckpointingLayer] = list(student.model.layers)
+    for layer in layers:
         layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
         layer.gradient_checkpointing = True
 

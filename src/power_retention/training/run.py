@@ -126,7 +126,7 @@ def execute(
         OutputError: the disk is full; the last checkpoint is intact.
         PowerRetentionError: the loss stays without a finite value.
     """
-    with _stop_requests() as stop, _Records(folder, retraining.ranks) as records:
+    with _stop_requests(insist=retraining.ranks.size == 1) as stop, _Records(folder, retraining.ranks) as records:
         _Run(retraining, folder, records, watch, tell or _nobody, checkpoint_seconds).take_steps(stop, stop_after)
 
 
@@ -269,8 +269,11 @@ def remove_checkpoints(folder: RunFolder) -> None:
 
 
 @contextmanager
-def _stop_requests() -> Iterator[threading.Event]:
-    """While open, SIGINT and SIGTERM set an event; a second one acts at once."""
+def _stop_requests(insist: bool) -> Iterator[threading.Event]:
+    """While open, SIGINT and SIGTERM set an event; if it is to ``insist``, a second one acts at once.
+
+    A launcher passes on the signal that its processes got too: there the second one means nothing.
+    """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop
@@ -278,7 +281,7 @@ def _stop_requests() -> Iterator[threading.Event]:
 
     def request(number: int, frame: FrameType | None) -> None:
         stop.set()
-        for each, handler in previous.items():
+        for each, handler in previous.items() if insist else ():
             signal.signal(each, handler)
 
     previous = {each: signal.signal(each, request) for each in (signal.SIGINT, signal.SIGTERM)}

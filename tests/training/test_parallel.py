@@ -26,6 +26,7 @@ from power_retention.training.checkpoint import Checkpoints
 from power_retention.training.mixture import read_mixture
 from power_retention.training.parallel import ALONE, Ranks, whole_tensors
 from power_retention.training.recipe import Recipe
+from power_retention.training.recording import Figures
 from power_retention.training.retraining import Metrics, Retraining
 from power_retention.training.run import Progress, RunFolder, execute
 from power_retention.training.sharding import make_shards
@@ -384,13 +385,17 @@ class Faulty(Retraining):
 
     bad: Sequence[int]
 
-    def gradients(self, step: int, stage: Any = None) -> Metrics:
-        metrics = super().gradients(step, stage)
-        if step + self.data_shift in type(self).bad and self.ranks.rank == self.ranks.size - 1:
+    def step(self, step: int) -> Metrics:
+        self.now = step + self.data_shift
+        return super().step(step)
+
+    def _gradients(self, read: Any, stage: Any) -> Figures:
+        figures = super()._gradients(read, stage)
+        if self.now in type(self).bad and self.ranks.rank == self.ranks.size - 1:
             gradient = self.student.model.layers[0].self_attn.q_proj.weight.grad
             assert isinstance(gradient, DTensor)
             gradient.to_local()[0, 0] = torch.nan
-        return metrics
+        return figures
 
 
 def train_faulty(ranks: Ranks, task: Task, bad: Sequence[int]) -> Done:

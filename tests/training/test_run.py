@@ -29,6 +29,7 @@ from power_retention.evaluation.loss import held_out_loss
 from power_retention.training import losses
 from power_retention.training.mixture import read_mixture
 from power_retention.training.recipe import Recipe, Stage
+from power_retention.training.recording import Figures
 from power_retention.training.retraining import Metrics, Retraining
 from power_retention.training.run import Progress, RunFolder, RunInterrupted, execute, remove_checkpoints
 from power_retention.training.sharding import make_shards
@@ -359,12 +360,16 @@ class Faulty(Retraining):
 
     faulty: Callable[[int], bool]
 
-    def gradients(self, step: int) -> Metrics:
-        metrics = super().gradients(step)
-        if type(self).faulty(step):
+    def step(self, step: int) -> Metrics:
+        self.now = step
+        return super().step(step)
+
+    def _gradients(self, read: Any, stage: Stage) -> Figures:
+        figures = super()._gradients(read, stage)
+        if type(self).faulty(self.now):
             self.student.model.layers[0].self_attn.k_bias.grad[0, 0] = torch.nan
-            metrics["loss"] = float("nan")
-        return metrics
+            figures["loss"] = torch.tensor(torch.nan)
+        return figures
 
 
 def test_a_step_that_is_not_finite_is_skipped(runs: Runs, tmp_path: Path) -> None:

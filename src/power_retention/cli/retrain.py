@@ -68,6 +68,10 @@ def retrain(
         bool | None,
         typer.Option("--compile/--no-compile", help="Fuse layers with torch.compile; on a GPU by default."),
     ] = None,
+    recorded: Annotated[
+        bool | None,
+        typer.Option("--record/--no-record", help="Replay steps as a CUDA graph; by default on one GPU."),
+    ] = None,
     recompute: Annotated[
         bool, typer.Option("--recompute", help="Compute layers again in the backward pass: less memory, more time.")
     ] = False,
@@ -126,6 +130,9 @@ def retrain(
         with status.status("Tokenizing"):
             tokens = mixture or _tokenize(documents, source, recipe, _PROBE_TOKENS if timed else None)
         options: dict[str, Any] = {"device": place, "compiled": compiled, "recompute": recompute, "ranks": ranks}
+        if recorded is None:
+            recorded = place.type == "cuda" and ranks.size == 1 and not recompute
+        options["recorded"] = recorded
         retraining = Retraining(student, source.model, tokens, recipe, **options)
         if timed:
             with status.status("Timing a step of each stage"):

@@ -12,12 +12,10 @@ from torch import Tensor, nn
 from power_retention.errors import ArgumentError
 from power_retention.layers.softmax import softmax_attention
 from power_retention.ops import power_retention
+from power_retention.ops.heads import FORGET
 
 OPEN_GATE_BIAS = 6.0
 """Gate bias of an uncalibrated mixer with biased gates: a half-life of 280 tokens."""
-
-_FORGET = -110.0
-"""A log gate that passes nothing: exp of it is 0 in float32."""
 
 
 class TokenMemory(Protocol):
@@ -140,7 +138,7 @@ class PowerRetentionMixer(nn.Module):
             k = k + self.k_bias.to(k.dtype)
         q, k, log_g = q.to(v.dtype), k.to(v.dtype), self.log_gates(x)
         if starts is not None:
-            log_g = log_g.masked_fill(starts[..., None], _FORGET)
+            log_g = log_g.masked_fill(starts[..., None], FORGET)
         if self.softmax:
             if memory is not None:
                 raise ArgumentError("Softmax attention (use_exp=True) keeps no state; pass use_cache=False.")

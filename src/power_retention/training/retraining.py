@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
@@ -16,12 +18,14 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from power_retention.conversion.calibrate import attention_visited, position_offsets
+from power_retention.errors import ArgumentError
 from power_retention.machine import matmul_rate
 from power_retention.models import PowerRetentionForCausalLM
 from power_retention.training.losses import distillation_loss
 from power_retention.training.mixture import Mixture
 from power_retention.training.parallel import ALONE, Ranks, Trunk, hand_out, make_root, parallelize
 from power_retention.training.recipe import Recipe, Stage
+from power_retention.training.recording import Figures, Recording
 from power_retention.training.teaching import prepare_teacher, read_documents
 from power_retention.training.text import Tokens, sample_batch
 
@@ -35,7 +39,7 @@ class _Reading:
     ids: Tensor
     labels: Tensor
     positions: Tensor
-    starts: Tensor | None = None  # [B, T] boolean, for the student
+    starts: Tensor  # [B, T] boolean, for the student
     cu_seqlens: Tensor | None = None  # borders in the flattened ids, for the teacher
 
 
@@ -49,6 +53,7 @@ class Retraining:
         recipe: what to do.
         device: where; both models are moved there.  By default where the student is.
         compiled: fuse the layers and the loss by ``torch.compile``: the first step of a stage takes a minute longer then.
+        recorded: replay a step's gradients from a CUDA graph, which a small model needs to keep a GPU busy; in one process.
         recompute: keep a layer's input only and compute the layer again in the backward pass: less memory, a third more work.
         ranks: the processes that share the work.  Both models are sharded over them, with the weights of the first rank; the
             others may bring theirs on the meta device.  Every batch is the recipe's, whoever reads which part of it.
@@ -66,18 +71,25 @@ class Retraining:
         *,
         device: torch.device | None = None,
         compiled: bool = False,
+        recorded: bool = False,
         recompute: bool = False,
         ranks: Ranks = ALONE,
     ) -> None:
+        if recorded and (ranks.size > 1 or recompute):
+            raise ArgumentError("A step can be recorded in one process, and without computing layers again.")
         self.student, self.teacher, self.tokens, self.recipe = student, teacher, tokens, recipe
         self.device, self.compiled, self.ranks = device or student.device, compiled, ranks
         self.rows, self.data_shift = ranks.rows(recipe.batch), 0
+        self._ahead: tuple[int, _Reading] | None = None
+        self._recordings: dict[Stage, Recording[_Reading]] | None = {} if recorded else None
+        self._pool = torch.cuda.graph_pool_handle() if recorded else None
+        self._pieces = 0
         self.dtype = torch.bfloat16 if recipe.precision == "bfloat16" else torch.float32
         prepare_teacher(teacher, self.dtype)
         student.train()
         if compiled:
             compile_layers(teacher)
-            compile_layers(student)
+            compile_layers(student, whole=ranks.size == 1)
         if recompute:
             _recompute_layers(student)
         self._taught = self._place(teacher)
@@ -88,27 +100,62 @@ class Retraining:
 
     def step(self, step: int) -> Metrics:
         """Take optimiser step ``step`` (counted from 0); a step whose loss is not finite changes nothing."""
-        metrics = self.gradients(step)
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = _clip(parameters, self.recipe.clip)
-        metrics["gradient_norm"] = float(norm)
+        stage, read = self.recipe.stage(step), self._read(step)
         for group, rate in zip(self.optimizer.param_groups, self.recipe.learning_rates(step), strict=True):
             group["lr"] = rate
-        metrics["skipped"] = float(not torch.isfinite(norm))
-        if not metrics["skipped"]:
+        if self._recordings is None:
+            figures = self._clipped_gradients(read, stage)
+            if torch.isfinite(figures["gradient_norm"]):
+                self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        else:
+            figures = self._recording(read, stage).replay(read)
+            # Neither waits for the device: the optimiser looks there whether to do nothing, and the next data are read.
+            self.optimizer.found_inf = 1 - torch.isfinite(figures["gradient_norm"]).float()  # type: ignore[attr-defined]
             self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return metrics
+            self._ahead = step + 1 + self.data_shift, self._read(step + 1)
+        metrics = self._metrics(figures)
+        return metrics | {"skipped": float(not math.isfinite(metrics["gradient_norm"]))}
 
     def gradients(self, step: int, stage: Stage | None = None) -> Metrics:
         """Compute the gradients of a step without taking it; of another stage's loss if one is named."""
-        read = self._read(step)
-        aligning = (stage or self.recipe.stage(step)) == "align"
-        return self._align(read) if aligning else self._distil(read)
+        return self._metrics(self._gradients(self._read(step), stage or self.recipe.stage(step)))
+
+    def _clipped_gradients(self, read: _Reading, stage: Stage) -> Figures:
+        figures = self._gradients(read, stage)
+        return figures | {"gradient_norm": _clip(self._trained, self.recipe.clip)}
+
+    def _gradients(self, read: _Reading, stage: Stage) -> Figures:
+        return self._align(read) if stage == "align" else self._distil(read)
+
+    def _metrics(self, figures: Figures) -> Metrics:
+        """Figures of this rank as numbers of all; the gradient's norm is everyone's already."""
+        numbers = torch.stack([value.double() for value in figures.values()]).tolist()  # waits for the device once
+        metrics = dict(zip(figures, numbers, strict=True))
+        norm = {name: metrics.pop(name) for name in ("gradient_norm",) if name in metrics}
+        metrics = self.ranks.mean_of(metrics)
+        if "kl" not in metrics:
+            metrics["alignment_error"] = math.sqrt(metrics["loss"])
+        return metrics | norm
+
+    def _recording(self, read: _Reading, stage: Stage) -> Recording[_Reading]:
+        """The recorded gradients of a stage; recorded when first asked for, and again for more documents than had room."""
+        assert self._recordings is not None
+        if stage not in self._recordings or not self._recordings[stage].fits(read):
+            self._recordings.pop(stage, None)
+            compute = partial(self._clipped_gradients, stage=stage)
+            self._recordings[stage] = Recording(compute, read, self._trained, self._pool)
+        return self._recordings[stage]
+
+    @property
+    def _trained(self) -> list[Tensor]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def _read(self, step: int) -> _Reading:
-        recipe, device, ranks = self.recipe, self.device, self.ranks
+        recipe, ranks = self.recipe, self.ranks
         step += self.data_shift
+        if self._ahead is not None and self._ahead[0] == step:
+            return self._ahead[1]
         largest = self.student.config.max_position_embeddings - recipe.length
         offsets = position_offsets(recipe.batch, largest, seed=recipe.seed * 1_000_003 + step)[self.rows, None]
         if isinstance(self.tokens, Mixture):
@@ -116,18 +163,31 @@ class Retraining:
             packed = self.tokens.batch(
                 step, ranks.rank, ranks=ranks.size, batch=share, length=recipe.length, seed=recipe.seed
             )
-            return _Reading(
-                packed.ids.to(device),
-                packed.labels.to(device),
-                (packed.position_ids + offsets).to(device),
-                packed.document_starts.to(device),
-                _of_any_size(packed.cu_seqlens.to(device)),
-            )
+            ids, labels, positions = packed.ids, packed.labels, packed.position_ids + offsets
+            return self._sent(ids, labels, positions, packed.document_starts, self._with_room(packed.cu_seqlens))
         batch = sample_batch(self.tokens, batch=recipe.batch, length=recipe.length + 1, seed=recipe.seed, step=step)
-        batch = batch[self.rows].to(device)
-        return _Reading(batch[:, :-1], batch[:, 1:], (torch.arange(recipe.length) + offsets).to(device))
+        ids, labels = batch[self.rows, :-1], batch[self.rows, 1:]
+        return self._sent(ids, labels, torch.arange(recipe.length) + offsets, torch.zeros_like(ids, dtype=torch.bool))
 
-    def _align(self, read: _Reading) -> Metrics:
+    def _sent(self, *parts: Tensor) -> _Reading:
+        """A reading on the device; what it is busy with is not waited for."""
+        if self.device.type == "cuda":
+            parts = tuple(part.contiguous().pin_memory().to(self.device, non_blocking=True) for part in parts)
+        return _Reading(*parts)
+
+    def _with_room(self, cu_seqlens: Tensor) -> Tensor:
+        """Borders of documents, so that nothing is recorded or compiled anew where another number of them comes.
+
+        On a GPU their number seldom changes: pieces without tokens follow the last one.
+        """
+        if self.device.type != "cuda":
+            torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)
+            return cu_seqlens
+        if len(cu_seqlens) > self._pieces:
+            self._pieces = 2 << len(cu_seqlens).bit_length()
+        return F.pad(cu_seqlens, (0, self._pieces - len(cu_seqlens)), value=int(cu_seqlens[-1]))
+
+    def _align(self, read: _Reading) -> Figures:
         errors: list[Tensor] = []
         mixers = self.student.mixers
 
@@ -141,10 +201,9 @@ class Retraining:
 
         with attention_visited(self.teacher, visit), torch.no_grad():
             self._teach(read)
-        mean = self.ranks.mean_of({"loss": float(torch.stack(errors).mean())})["loss"]
-        return {"loss": mean, "alignment_error": mean**0.5}
+        return {"loss": torch.stack(errors).mean()}
 
-    def _distil(self, read: _Reading) -> Metrics:
+    def _distil(self, read: _Reading) -> Figures:
         with torch.no_grad():
             wanted = self._teach(read)
         with self._autocast():
@@ -163,7 +222,7 @@ class Retraining:
             compiled=self.compiled,
         )
         loss.backward()
-        return self.ranks.mean_of({"loss": float(loss.detach()), "kl": float(kl), "next_token_loss": float(next_token)})
+        return {"loss": loss.detach(), "kl": kl, "next_token_loss": next_token}
 
     def _teach(self, read: _Reading) -> Tensor:
         """``[B, T, hidden]``: the teacher's last hidden state."""
@@ -217,14 +276,16 @@ def _clip(parameters: list[Tensor], largest: float) -> Tensor:
     return norm
 
 
-def compile_layers(model: PreTrainedModel) -> None:
-    """Compile the parts of every layer, once for all layers.
+def compile_layers(model: PreTrainedModel, *, whole: bool = False) -> None:
+    """Compile the parts of every layer, and ``whole`` layers where no hook lies between their parts; once for all layers.
 
-    Parts rather than layers, and what they compute rather than the modules: hooks between them go on working.
+    What modules compute rather than the modules: hooks around them go on working.
     """
     for layer in model.model.layers:
         for part in (layer.input_layernorm, layer.self_attn, layer.post_attention_layernorm, layer.mlp):
             part.forward = torch.compile(part.forward)
+        if whole:
+            layer.forward = torch.compile(layer.forward)
 
 
 def _recompute_layers(student: PowerRetentionForCausalLM) -> None:
@@ -232,12 +293,6 @@ def _recompute_layers(student: PowerRetentionForCausalLM) -> None:
     for layer in layers:
         layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
         layer.gradient_checkpointing = True
-
-
-def _of_any_size(x: Tensor) -> Tensor:
-    """The same tensor, marked so that a compiled function that reads it is not compiled again for another length."""
-    torch._dynamo.maybe_mark_dynamic(x, 0)
-    return x
 
 
 def _split_parameters(student: PowerRetentionForCausalLM) -> tuple[list[Tensor], list[Tensor]]:

@@ -73,6 +73,11 @@ def json_text(value: Any) -> str:
     return json.dumps(_finite(value), indent=2, allow_nan=False)
 
 
+def json_line(value: Any) -> str:
+    """The same in one line, its end included."""
+    return json.dumps(_finite(value), allow_nan=False) + "\n"
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None

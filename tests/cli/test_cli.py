@@ -307,6 +307,42 @@ class TestTheWholePath:
             "retrain", path.converted, tmp_path, "--text", other, "--resume"
         )
 
+    def test_held_out_text_is_measured_on_the_way(
+        self, path: WholePath, stories_text: Path, tmp_path: Path, here: Here, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The text of the run itself, of which its held-out documents are taken, and text it knows nothing of."""
+        letters = tmp_path / "letters.txt"
+        letters.write_text("\n".join(chr(97 + i % 26) * (i % 7 + 1) for i in range(400)))
+        out, text = tmp_path / "out", ("--text", stories_text)
+        held_out = ("--held-out", f"own={stories_text}", "--held-out", f"letters={letters}", "--probe-length", "128")
+        monkeypatch.setattr("power_retention.training.board.has_tensorboard", lambda: False)
+        sentence = here.refusal("retrain", path.converted, out, *text, "--held-out", "letters")
+        assert sentence == "Held-out text is given as NAME=PATH, such as code=text/code.jsonl, not 'letters'."
+        result = here("retrain", path.converted, out, *text, *RECIPE, *held_out, "--probe-every", "1k")
+        assert result.code == 0, result.err
+        assert result.err.count("TensorBoard is not installed (pip install 'power-retention[watch]')") == 1
+        assert "Held out, after 3,840 tokens" in result.out
+        assert re.search(r"│ own +│.*→.*│", result.out)
+        assert re.search(r"│ letters \* +│.*→.*│", result.out)
+        probes = [json.loads(line) for line in (out / "run" / "held_out.jsonl").read_text().splitlines()]
+        assert [probe["step"] for probe in probes] == [0, 8, 15, 16, 24, 30]
+        assert {name: domain["kept_out"] for name, domain in probes[-1]["domains"].items()} == {
+            "own": False,
+            "letters": True,
+        }
+        assert probes[-1]["domains"]["own"]["kl"] < probes[0]["domains"]["own"]["kl"]
+        noted = json.loads((out / "run" / "run.json").read_text())["inputs"]
+        assert noted["held out"]["letters"]["path"] == str(letters)
+        (tmp_path / "begun" / "run").mkdir(parents=True)
+        shutil.copy(out / "run" / "run.json", tmp_path / "begun" / "run")
+        letters.write_text("Another text. " * 200)
+        message = here.refusal("retrain", path.converted, tmp_path / "begun", *text, "--resume")
+        assert message.startswith(f"The held-out text 'letters' ({letters}) is not what it was when the run began")
+        letters.write_text("\n".join(chr(97 + i % 26) * (i % 7 + 1) for i in range(400)))
+        resumed = here("retrain", path.converted, tmp_path / "begun", *text, "--resume", "--json")
+        assert resumed.code == 0, resumed.err
+        assert resumed.json["held_out"]["domains"] == probes[-1]["domains"]
+
     def test_a_damaged_checkpoint(self, path: WholePath, stories_text: Path, tmp_path: Path, here: Here) -> None:
         (tmp_path / "run").mkdir()
         shutil.copy(path.retrained / "run" / "run.json", tmp_path / "run")
@@ -335,7 +371,8 @@ def test_a_disk_too_full_for_the_result(
 
 
 def without_speed(metrics: str) -> list[dict[str, Any]]:
-    return [{k: v for k, v in json.loads(line).items() if k != "tokens_per_second"} for line in metrics.splitlines()]
+    times = ("tokens_per_second", "seconds", "device_seconds")
+    return [{k: v for k, v in json.loads(line).items() if k not in times} for line in metrics.splitlines()]
 
 
 @pytest.fixture

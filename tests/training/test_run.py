@@ -74,8 +74,9 @@ def begun(path: Path, recipe: Recipe = RECIPE) -> RunFolder:
 
 def records(folder: RunFolder) -> list[dict[str, Any]]:
     """The metrics, without what differs between two equal runs: their speed."""
+    times = ("tokens_per_second", "seconds", "device_seconds")
     lines = [json.loads(line, parse_constant=pytest.fail) for line in folder.metrics.read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines]
+    return [{key: value for key, value in line.items() if key not in times} for line in lines]
 
 
 def weights(retraining: Retraining) -> dict[str, Tensor]:
@@ -301,7 +302,7 @@ def test_killed_it_continues_from_its_last_checkpoint(
     assert_same(weights(resumed), straight[0])
     assert records(folder) == straight[1]
     remove_checkpoints(folder)
-    assert sorted(os.listdir(folder.path)) == ["metrics.jsonl", "run.json"]
+    assert sorted(os.listdir(folder.path)) == ["metrics.jsonl", "run.json", "sittings.jsonl"]
 
 
 def test_a_step_is_a_function_of_state_seed_and_number(runs: Runs) -> None:

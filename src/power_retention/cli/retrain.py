@@ -22,6 +22,7 @@ from power_retention.cli.options import (
     open_student,
     quiet_libraries,
 )
+from power_retention.cli.watching import NOTES, Watching, last_record, open_board, show_held_out
 
 if TYPE_CHECKING:
     import torch
@@ -78,6 +79,18 @@ def retrain(
     replicas: Annotated[
         int, typer.Option(help="Of several processes: groups that each hold all weights; 1 divides them among all.")
     ] = 1,
+    held_out: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=PATH of text or shards to measure the student on while it trains; may be repeated, and stand as a "
+            "table [held_out] in the file of --data."
+        ),
+    ] = None,
+    probe_every: Annotated[
+        str | None, typer.Option(help="Tokens (500k, 2M) between measurements; a twentieth of the run by default.")
+    ] = None,
+    probe_windows: Annotated[int, typer.Option(help="Held-out windows of each name.")] = 8,
+    probe_length: Annotated[int, typer.Option(help="Tokens of such a window.")] = 512,
     checkpoint_minutes: Annotated[float, typer.Option(help="Time between checkpoints.")] = 5.0,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in OUT exactly where it stopped.")] = False,
     seed: Seed = 0,
@@ -95,6 +108,8 @@ def retrain(
 
         power-retention retrain my-model my-model-retrained --data mixture.toml --steps 5000 --batch 16 --length 2048
 
+        power-retention retrain my-model my-model-retrained --text corpus.jsonl --held-out own=corpus.jsonl
+
         torchrun --nproc-per-node 8 -m power_retention.cli retrain my-model my-model-retrained --data mixture.toml --batch 64
     """
     quiet_libraries()
@@ -107,6 +122,7 @@ def retrain(
     if bool(text) == bool(data):
         raise DataError("retrain needs text to train on: either --text FILE_OR_FOLDER or --data SHARDS_OR_MIXTURE.")
     folder, place = RunFolder(out / "run"), _choose_device(device)
+    watching = Watching.of(held_out or [], data, probe_every, probe_windows, probe_length)
     compiled = place.type == "cuda" if compiled is None else compiled
     with joined_ranks(place, dp_replicate=replicas) as ranks:
         ranks.first_does(lambda: _check_folder(out, folder, resume))
@@ -118,6 +134,7 @@ def retrain(
         if resuming:
             recipe, inputs = folder.read_settings()
             _check_same_inputs(inputs, given)
+            watching = Watching.noted(inputs) or watching
         else:
             rates = {"align_lr": align_lr, "mixer_lr": mixer_lr, "other_lr": other_lr, "align_share": align_share}
             if _check_precision(precision) == "auto":
@@ -140,14 +157,16 @@ def retrain(
             recipe = Recipe(**{**recipe.to_dict(), "steps": steps_within(minutes, seconds, align_share)})
             with status.status("Tokenizing"):
                 retraining.recipe, retraining.tokens = recipe, mixture or _tokenize(documents, source, recipe)
-        if not resuming:
-            ranks.first_does(lambda: folder.begin(recipe, given))
-        with progress_bar(f"Retraining, {recipe.precision}") as update:
+        probes = watching.probes(retraining, source, mixture, documents, text_field)
+        ranks.first_does(lambda: _begin(folder, recipe, given | watching.notes(probes)))
+        with open_board(folder, ranks) as listen, progress_bar(f"Retraining, {recipe.precision}") as update:
             execute(
                 retraining,
                 folder,
                 watch=lambda progress: update(progress.step, progress.steps, _note(progress)),
                 tell=_tell,
+                probes=probes,
+                listen=listen,
                 checkpoint_seconds=60 * checkpoint_minutes,
             )
         with status.status(f"Writing {escape(str(out))}"):
@@ -155,14 +174,21 @@ def retrain(
             ranks.first_does(lambda: _write(student, whole, source, model, out))
             ranks.first_does(lambda: remove_checkpoints(folder))
         if ranks.first:
-            _report(out, recipe, json)
+            _report(out, folder, recipe, json)
 
 
-def _report(out: Path, recipe: Recipe, json: bool) -> None:
+def _begin(folder: RunFolder, recipe: Recipe, noted: dict[str, Any]) -> None:
+    if not folder.exists or folder.read_settings()[1] != noted:
+        folder.begin(recipe, noted)
+
+
+def _report(out: Path, folder: RunFolder, recipe: Recipe, json: bool) -> None:
     tokens_read = recipe.steps * recipe.tokens_per_step
     if json:
-        print_json({"out": str(out), "tokens": tokens_read, "recipe": recipe.to_dict()})
+        last = last_record(folder)
+        print_json({"out": str(out), "tokens": tokens_read, "recipe": recipe.to_dict(), "held_out": last})
         return
+    show_held_out(folder)
     folder_name = escape(str(out))
     results.print(
         f"[bold]{folder_name}[/] holds the retrained model ({recipe.steps} steps, {tokens_read:,} tokens). See what it "
@@ -281,7 +307,7 @@ def _check_same_inputs(noted: dict[str, Any], given: dict[str, Any]) -> None:
     from power_retention.errors import CheckpointError
 
     for name, value in noted.items():
-        if given.get(name) != value:
+        if name not in NOTES and given.get(name) != value:
             raise CheckpointError(
                 f"This run was begun with {name} {value}, not {given.get(name)}: resume it with the same."
             )

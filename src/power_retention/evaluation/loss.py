@@ -8,11 +8,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-_ROWS = 512
+from power_retention.training.losses import compare_tokens
 
 Progress = Callable[[int, int], None]
 
@@ -77,15 +76,9 @@ class HeldOut:
         return HeldOutLoss(float(losses.mean()), error, float(kls.mean()), predicted)
 
     def _window_loss(self, hidden: Tensor, head: nn.Module, wanted: Tensor, labels: Tensor) -> tuple[float, float]:
-        """(loss, KL) of one window, a block of rows at a time: no full logits."""
-        loss = kl = 0.0
-        for start in range(0, len(labels), _ROWS):
-            rows = slice(start, start + _ROWS)
-            predicted = head(hidden[rows]).float().log_softmax(-1)
-            loss += float(F.nll_loss(predicted, labels[rows].to(predicted.device), reduction="sum"))
-            target = self._head(wanted[rows]).float().log_softmax(-1)
-            kl += float((target.exp() * (target - predicted)).sum())
-        return loss / len(labels), kl / len(labels)
+        """(loss, KL) of one window."""
+        tokens = compare_tokens(hidden, head, wanted, self._head, labels)
+        return float(tokens.loss.double().mean()), float(tokens.kl.double().mean())
 
 
 def held_out_loss(model: PreTrainedModel, windows: Tensor, *, teacher: PreTrainedModel | None = None) -> HeldOutLoss:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 _LOGITS = {"cpu": 1 << 25, "cuda": 1 << 28}
 """Logits that exist at a time."""
+_ROWS = 512
+"""Tokens whose logits exist at a time where nothing is trained."""
 
 
 def distillation_loss(
@@ -114,3 +116,47 @@ def _rows_at_a_time(head: Tensor) -> int:
     """As many rows as the allowed number of logits are, a power of two."""
     rows = _LOGITS.get(head.device.type, _LOGITS["cpu"]) // len(head)
     return 1 << max(4, min(rows.bit_length() - 1, 13))
+
+
+class TokenComparison(NamedTuple):
+    """Two models at every token, ``[N]`` each: losses and KL(teacher ‖ student) in nats, in float32.
+
+    Attributes:
+        loss: next-token loss of the student.
+        teacher_loss: of the teacher.
+        kl: KL(teacher ‖ student).
+        agrees: whether both find the same token likeliest.
+    """
+
+    loss: Tensor
+    teacher_loss: Tensor
+    kl: Tensor
+    agrees: Tensor
+
+
+@torch.no_grad()
+def compare_tokens(
+    student_hidden: Tensor,
+    student_head: Callable[[Tensor], Tensor],
+    teacher_hidden: Tensor,
+    teacher_head: Callable[[Tensor], Tensor],
+    labels: Tensor,
+) -> TokenComparison:
+    """What two models predict at each of N tokens, a block of rows at a time: no full logits.
+
+    Args:
+        student_hidden, teacher_hidden: ``[N, hidden]`` last hidden states.
+        student_head, teacher_head: hidden states to logits ``[rows, vocab]``.
+        labels: ``[N]`` next tokens.
+    """
+    blocks: list[tuple[Tensor, ...]] = []
+    for start in range(0, len(labels), _ROWS):
+        rows = slice(start, start + _ROWS)
+        student = student_head(student_hidden[rows]).float().log_softmax(-1)
+        teacher = teacher_head(teacher_hidden[rows]).float().log_softmax(-1)
+        label = labels[rows, None].to(student.device)
+        loss, teacher_loss = (-each.gather(-1, label)[:, 0] for each in (student, teacher))
+        agrees = student.argmax(-1) == teacher.argmax(-1)
+        kl = teacher.exp().mul_(teacher.sub_(student)).sum(-1)
+        blocks.append((loss, teacher_loss, kl, agrees))
+    return TokenComparison(*(torch.cat(parts) for parts in zip(*blocks, strict=True)))

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -25,6 +27,8 @@ _ROUNDS = 6
 _BLOCK = 256
 """Sequences within which the order is shuffled; every block holds its share of each source."""
 NO_LABEL = -100
+Stretch = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
+"""Ids, and the places among them at which a document starts."""
 
 
 @dataclass(frozen=True)
@@ -177,26 +181,12 @@ class Mixture:
                 "below ranks."
             )
         first = (step * ranks + rank) * batch
-        rows = [self._row(number, length, seed) for number in range(first, first + batch)]
-        starts = torch.cat([row[2] + i * length for i, row in enumerate(rows)])
-        cu_seqlens = torch.cat([starts, torch.tensor([batch * length])])
-        own_start = torch.repeat_interleave(starts, cu_seqlens.diff())
-        positions = (torch.arange(batch * length) - own_start).view(batch, length)
-        ids, labels = (torch.stack([row[i] for row in rows]) for i in (0, 1))
-        return PackedBatch(ids, labels, positions, cu_seqlens.to(torch.int32))
+        return pack([self._read(number, length, seed) for number in range(first, first + batch)], length)
 
-    def _row(self, number: int, length: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(ids, labels, starts of pieces) of one sequence."""
+    def _read(self, number: int, length: int, seed: int) -> Stretch:
         name, window = self.place(number, length=length, seed=seed)
-        source = self.sources[name]
-        first = window * length
-        # One token more, where there is one: the label of the last.
-        ids, starts = (torch.from_numpy(x) for x in source.read(first, min(first + length + 1, len(source))))
-        labels = torch.full((length,), NO_LABEL)
-        labels[: len(ids) - 1] = ids[1:]
-        labels[starts[starts > 0] - 1] = NO_LABEL  # a document does not predict the next one
-        starts = starts[(starts > 0) & (starts < length)]
-        return ids[:length], labels, torch.cat([torch.zeros(1, dtype=torch.int64), starts])
+        source, first = self.sources[name], window * length
+        return source.read(first, min(first + length + 1, len(source)))
 
     def _layout(self, length: int) -> list[_Layout]:
         if length not in self._layouts:
@@ -224,6 +214,32 @@ class Mixture:
     def _once_through(self, phase: Phase) -> int:
         total = sum(phase.weights.values())
         return max(int(len(self.sources[name]) * total / weight) for name, weight in phase.weights.items() if weight)
+
+
+def pack(stretches: Sequence[Stretch], length: int) -> PackedBatch:
+    """Sequences of ``length`` tokens from stretches of text, each of one token more where there is one: the last label.
+
+    Args:
+        stretches: ids ``[length]`` or ``[length + 1]``, and the places among them at which a document starts.
+        length: tokens a sequence.
+    """
+    rows = [_row(stretch, length) for stretch in stretches]
+    starts = torch.cat([row[2] + i * length for i, row in enumerate(rows)])
+    cu_seqlens = torch.cat([starts, torch.tensor([len(rows) * length])])
+    own_start = torch.repeat_interleave(starts, cu_seqlens.diff())
+    positions = (torch.arange(len(rows) * length) - own_start).view(-1, length)
+    ids, labels = (torch.stack([row[i] for row in rows]) for i in (0, 1))
+    return PackedBatch(ids, labels, positions, cu_seqlens.to(torch.int32))
+
+
+def _row(stretch: Stretch, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(ids, labels, starts of pieces) of one sequence."""
+    ids, starts = map(torch.from_numpy, stretch)
+    labels = torch.full((length,), NO_LABEL)
+    labels[: len(ids) - 1] = ids[1:]
+    labels[starts[starts > 0] - 1] = NO_LABEL  # a document does not predict the next one
+    starts = starts[(starts > 0) & (starts < length)]
+    return ids[:length], labels, torch.cat([torch.zeros(1, dtype=torch.int64), starts])
 
 
 def shuffled(place: int, count: int, key: str) -> int:
@@ -266,6 +282,9 @@ def read_mixture(
         name = "quality"
         weights = { web = 0.4, code = 0.6 }
 
+        [held_out]                           # what a run is measured on; see read_held_out
+        code = "text/code.jsonl"
+
     Args:
         path: the file or folder.
         on_damage: see :func:`~power_retention.training.shards.open_shards`; what the file says goes first.
@@ -291,6 +310,18 @@ def read_mixture(
     return Mixture(sources, phases)
 
 
+def read_held_out(path: Path) -> dict[str, Path]:
+    """The text or shards by name that a mixture's file wants its runs measured on (table ``[held_out]``); often none.
+
+    Raises:
+        DataError: the file is missing or is not such a file.
+    """
+    if path.is_dir():
+        return {}
+    table = _read_toml(path).get("held_out", {})
+    return {name: path.parent / Path(place).expanduser() for name, place in table.items()}
+
+
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -298,10 +329,14 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
     except ValueError as error:
         raise DataError(f"{path} is not TOML: {error}.") from error
-    unknown = sorted(content.keys() - {"sources", "phase", "on_damage"})
-    sources, phases = content.get("sources"), content.get("phase")
+    unknown = sorted(content.keys() - {"sources", "phase", "on_damage", "held_out"})
+    sources, phases, held_out = content.get("sources"), content.get("phase"), content.get("held_out", {})
     if unknown:
-        raise DataError(f"{path} has {', '.join(map(repr, unknown))}; it may have on_damage, [sources] and [[phase]].")
+        raise DataError(
+            f"{path} has {', '.join(map(repr, unknown))}; it may have on_damage, [sources], [[phase]] and [held_out]."
+        )
+    if not isinstance(held_out, dict) or not all(isinstance(place, str) for place in held_out.values()):
+        raise DataError(f"{path} has a table [held_out] that does not give each name a text file or folder of shards.")
     if not isinstance(sources, dict) or not sources or not all(isinstance(folder, str) for folder in sources.values()):
         raise DataError(f"{path} needs a table [sources] that gives each source the folder of its shards.")
     if not isinstance(phases, list) or not phases or not all(isinstance(table, dict) for table in phases):

@@ -59,6 +59,8 @@ class Retraining:
             others may bring theirs on the meta device.  Every batch is the recipe's, whoever reads which part of it.
 
     Attributes:
+        trunk: the student up to its last hidden state: what is called.
+        taught: the same of the teacher.
         data_shift: step ``s`` reads the data of step ``s + data_shift``.
     """
 
@@ -92,8 +94,8 @@ class Retraining:
             compile_layers(student, whole=ranks.size == 1)
         if recompute:
             _recompute_layers(student)
-        self._taught = self._place(teacher)
-        self._trunk = self._place(student, self.dtype if self.dtype != torch.float32 else None)
+        self.taught = self._place(teacher)
+        self.trunk = self._place(student, self.dtype if self.dtype != torch.float32 else None)
         mixer, other = _split_parameters(student)
         groups = [{"params": mixer}, {"params": other}]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
@@ -193,7 +195,7 @@ class Retraining:
 
         def visit(index: int, x: Tensor, position_embeddings: tuple[Tensor, Tensor], wanted: Tensor) -> None:
             # Backward layer by layer: only one mixer's activations exist at a time.
-            with torch.enable_grad(), self._autocast():
+            with torch.enable_grad(), self.autocast():
                 got, _ = mixers[index](x, position_embeddings, starts=read.starts)
                 error = (got.float() - wanted.float()).square().mean() / self.ranks.mean(wanted.float().square().mean())
             error.backward()
@@ -206,8 +208,8 @@ class Retraining:
     def _distil(self, read: _Reading) -> Figures:
         with torch.no_grad():
             wanted = self._teach(read)
-        with self._autocast():
-            hidden = self._trunk(
+        with self.autocast():
+            hidden = self.trunk(
                 input_ids=read.ids, position_ids=read.positions, document_starts=read.starts, use_cache=False
             )
         labels = read.labels.flatten()
@@ -226,7 +228,7 @@ class Retraining:
 
     def _teach(self, read: _Reading) -> Tensor:
         """``[B, T, hidden]``: the teacher's last hidden state."""
-        return read_documents(self._taught, read.ids, read.positions, read.cu_seqlens)
+        return read_documents(self.taught, read.ids, read.positions, read.cu_seqlens)
 
     def _place(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> Trunk:
         """Bring a model to where it is computed with, divided among the ranks; returns what is called."""
@@ -238,7 +240,8 @@ class Retraining:
             make_root(trunk)
         return trunk
 
-    def _autocast(self) -> AbstractContextManager[object]:
+    def autocast(self) -> AbstractContextManager[object]:
+        """What the student computes in: bfloat16 if the recipe says so."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
     def seconds_per_step(self) -> dict[str, float]:

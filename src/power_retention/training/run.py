@@ -11,14 +11,19 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
 
+import torch
+
 from power_retention.errors import CheckpointError, OutputError, PowerRetentionError, RunInterrupted
-from power_retention.files import clear_write_errors, replacement, write_json
+from power_retention.files import clear_write_errors, json_line, replacement, write_json
+from power_retention.machine import processor_name
 from power_retention.training.checkpoint import Checkpoints, Place
 from power_retention.training.parallel import Ranks
+from power_retention.training.probes import Probes
 from power_retention.training.recipe import Recipe
 from power_retention.training.retraining import Metrics, Retraining
 
@@ -27,6 +32,8 @@ MOST_SKIPPED = 5
 
 MOST_ROLLBACKS = 3
 """Times that a run goes back before it gives up."""
+
+Listen = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,10 @@ class Progress:
 
 
 class RunFolder:
-    """The files of a run: ``run.json`` (recipe and inputs), ``metrics.jsonl``, ``checkpoints/``.
+    """The files of a run: ``run.json`` (recipe and inputs), ``checkpoints/``, and what it wrote about itself.
+
+    ``metrics.jsonl`` has a line a step, ``held_out.jsonl`` one a probe, ``sittings.jsonl`` one for each time it was started
+    or resumed.
 
     Args:
         path: the folder.
@@ -58,6 +68,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.settings, self.metrics, self.checkpoints = path / "run.json", path / "metrics.jsonl", path / "checkpoints"
+        self.held_out, self.sittings = path / "held_out.jsonl", path / "sittings.jsonl"
 
     @property
     def exists(self) -> bool:
@@ -80,20 +91,57 @@ class RunFolder:
                 f"{self.settings} cannot be read ({error}); start the run in a new folder."
             ) from error
 
+    def seconds(self) -> tuple[float, float]:
+        """(seconds, seconds times devices) spent so far, on steps that will be taken again too."""
+        last = [records[-1] for records in map(read_records, (self.metrics, self.held_out)) if records]
+        return (
+            max((record.get("seconds", 0.0) for record in last), default=0.0),
+            max((record.get("device_seconds", 0.0) for record in last), default=0.0),
+        )
+
     def forget_after(self, step: int) -> None:
-        """Drop the records of steps that will be taken again."""
-        if not self.metrics.exists():
-            return
-        lines = [line for line in self.metrics.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
-        with clear_write_errors(self.metrics), replacement(self.metrics) as partial:
-            partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        """Drop the records of steps that will be taken again, and those of probes that will be."""
+        _keep_up_to(self.metrics, step)
+        _keep_up_to(self.held_out, step - 1)
+
+    def add_sitting(self, step: int, device: torch.device, devices: int) -> None:
+        """Note down on what the run goes on after ``step`` steps."""
+        sitting = {
+            "step": step,
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
+            "kind": device.type,
+            "devices": devices,
+            "torch": torch.__version__,
+        }
+        with clear_write_errors(self.sittings), self.sittings.open("a", encoding="utf-8") as out:
+            out.write(json_line(sitting))
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a ``.jsonl`` file of a run, up to one that a kill cut off or that is being written."""
+    records: list[dict[str, Any]] = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            if _step_of(line) == math.inf:
+                break
+            records.append(json.loads(line))
+    return records
+
+
+def _keep_up_to(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+    with clear_write_errors(path), replacement(path) as partial:
+        partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def _step_of(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
-        return float("inf")  # a line cut off by a kill
+        return math.inf  # a line cut off by a kill
 
 
 def execute(
@@ -102,6 +150,8 @@ def execute(
     *,
     watch: Callable[[Progress], None] | None = None,
     tell: Callable[[str], None] | None = None,
+    probes: Probes | None = None,
+    listen: Listen | None = None,
     checkpoint_seconds: float = 300.0,
     stop_after: int | None = None,
 ) -> None:
@@ -118,6 +168,8 @@ def execute(
         folder: where records and checkpoints go; the newest checkpoint in it that is whole is continued.
         watch: told about every step.
         tell: told, in a sentence, about what went wrong and was put right.
+        probes: measure the student now and then; all ranks have the same ones.
+        listen: told every record of a step or a probe as it is written, on the first rank.
         checkpoint_seconds: time between checkpoints.
         stop_after: save and stop after this many steps in all, as an interrupt would.
 
@@ -126,8 +178,12 @@ def execute(
         OutputError: the disk is full; the last checkpoint is intact.
         PowerRetentionError: the loss stays without a finite value.
     """
-    with _stop_requests(insist=retraining.ranks.size == 1) as stop, _Records(folder, retraining.ranks) as records:
-        _Run(retraining, folder, records, watch, tell or _nobody, checkpoint_seconds).take_steps(stop, stop_after)
+    with (
+        _stop_requests(insist=retraining.ranks.size == 1) as stop,
+        _Records(folder, retraining.ranks, listen) as records,
+    ):
+        run = _Run(retraining, folder, records, watch, tell or _nobody, probes, checkpoint_seconds)
+        run.take_steps(stop, stop_after)
 
 
 class _Run:
@@ -140,21 +196,26 @@ class _Run:
         records: _Records,
         watch: Callable[[Progress], None] | None,
         tell: Callable[[str], None],
+        probes: Probes | None,
         checkpoint_seconds: float,
     ) -> None:
         self.retraining, self.recipe, self.ranks = retraining, retraining.recipe, retraining.ranks
-        self.records, self.watch, self.tell = records, watch, tell
+        self.records, self.watch, self.tell, self.probes = records, watch, tell, probes
+        self.clock = _Clock(*folder.seconds(), self.ranks.size)
         self.checkpoints, self.checkpoint_seconds = Checkpoints(folder.checkpoints, self.ranks), checkpoint_seconds
         self.steps_here = 0
 
     def take_steps(self, stop: threading.Event, stop_after: int | None) -> None:
         """Until the last one, or the one after which a stop was asked for."""
         self._go_to(self._load())
-        self.started = self.last_saved = time.monotonic()
+        self.records.add_sitting(self.place.step, self.retraining.device)
+        self.last_saved = time.monotonic()
+        self._probe()
         while self.place.step < self.recipe.steps:
             self._step()
             if self.place.skipped >= MOST_SKIPPED:
                 self._roll_back()
+                self._probe()
                 continue
             done = self.place.step
             due = time.monotonic() - self.last_saved > self.checkpoint_seconds and not self.place.skipped
@@ -163,6 +224,8 @@ class _Run:
             )
             if failing:
                 self._fail()
+            if done == self.recipe.steps or not stopping:
+                self._probe()
             if due or stopping or done == self.recipe.steps:
                 self.checkpoints.save(self.place, self.retraining.student, self.retraining.optimizer)
                 self.last_saved = time.monotonic()
@@ -184,11 +247,21 @@ class _Run:
         skipped = self.place.skipped + 1 if metrics["skipped"] else 0
         self.place = replace(self.place, step=step + 1, skipped=skipped)
         self.steps_here += 1
-        rate = self.steps_here * self.recipe.tokens_per_step / (time.monotonic() - self.started)
+        rate = self.steps_here * self.recipe.tokens_per_step / self.clock.training
         tokens, stage = (step + 1) * self.recipe.tokens_per_step, self.recipe.stage(step)
-        self.records.add({"step": step + 1, "tokens": tokens, "stage": stage, **metrics, "tokens_per_second": rate})
+        record = {"step": step + 1, "tokens": tokens, "stage": stage, **metrics, "tokens_per_second": round(rate, 1)}
+        self.records.add(record | self.clock.reading())
         if self.watch:
             self.watch(Progress(step + 1, self.recipe.steps, stage, metrics, rate))
+
+    def _probe(self) -> None:
+        # Again where a run goes on, whether it was done there before or not: all ranks must come to the same answer.
+        step = self.place.step
+        if self.probes is not None and self.probes.due(step):
+            with self.clock.stopped():
+                measured = self.probes.measure()
+            tokens = step * self.recipe.tokens_per_step
+            self.records.add_probe({"step": step, "tokens": tokens, **self.clock.reading(), **measured})
 
     def _roll_back(self) -> None:
         bad = self.place
@@ -211,10 +284,10 @@ class _Run:
 
 
 class _Records:
-    """The lines of ``metrics.jsonl``, kept by the first rank; what goes wrong is kept until all ranks can stop together."""
+    """The records of a run, kept by the first rank; what goes wrong is kept until all ranks can stop together."""
 
-    def __init__(self, folder: RunFolder, ranks: Ranks) -> None:
-        self.folder, self.kept = folder, ranks.first
+    def __init__(self, folder: RunFolder, ranks: Ranks, listen: Listen | None) -> None:
+        self.folder, self.kept, self.devices, self.listen = folder, ranks.first, ranks.size, listen
         self.error: OutputError | None = None
         self._file: TextIO | None = None
 
@@ -234,17 +307,36 @@ class _Records:
             with clear_write_errors(self.folder.metrics):
                 self._file = self.folder.metrics.open("a", encoding="utf-8")
 
+    def add_sitting(self, step: int, device: torch.device) -> None:
+        """Note down on what the run goes on."""
+        if self.kept:
+            self.folder.add_sitting(step, device, self.devices)
+
     def add(self, record: dict[str, Any]) -> None:
-        """Write a line; what is not finite becomes null."""
-        if self._file is None or self.error is not None:
+        """Write the line of a step; what is not finite becomes null."""
+        if self._file is not None:
+            self._add(record, self._file)
+
+    def add_probe(self, record: dict[str, Any]) -> None:
+        """Write the line of a probe, likewise."""
+        if self.kept:
+            with self._errors_kept(), self.folder.held_out.open("a", encoding="utf-8") as out:
+                self._add(record, out)
+
+    def _add(self, record: dict[str, Any], out: TextIO) -> None:
+        if self.error is not None:
             return
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        with self._errors_kept():
+            out.write(json_line(record))
+            out.flush()
+            if self.listen is not None:
+                self.listen(record)
+
+    @contextmanager
+    def _errors_kept(self) -> Iterator[None]:
         try:
-            with clear_write_errors(self.folder.metrics):
-                self._file.write(
-                    json.dumps({**finite, "tokens_per_second": round(record["tokens_per_second"], 1)}) + "\n"
-                )
-                self._file.flush()
+            with clear_write_errors(self.folder.path):
+                yield
         except OutputError as error:
             self.error = error
 
@@ -257,6 +349,41 @@ class _Records:
         """Raise what went wrong, if something did."""
         if self.error is not None:
             raise self.error
+
+
+class _Clock:
+    """Seconds of a run over all its sittings.
+
+    Args:
+        seconds, device_seconds: of the sittings before, by the clock and times the devices that were held.
+        devices: held now.
+    """
+
+    def __init__(self, seconds: float, device_seconds: float, devices: int) -> None:
+        self._before, self._devices = (seconds, device_seconds), devices
+        self._started = time.monotonic()
+        self._stopped = 0.0
+
+    @property
+    def training(self) -> float:
+        """Seconds of this sitting, without those in which it was measured and not trained."""
+        return time.monotonic() - self._started - self._stopped
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """While open, nobody trains; the time is spent all the same."""
+        begun = time.monotonic()
+        yield
+        self._stopped += time.monotonic() - begun
+
+    def reading(self) -> dict[str, float]:
+        """What has been spent so far."""
+        here = time.monotonic() - self._started
+        seconds, device_seconds = self._before
+        return {
+            "seconds": round(seconds + here, 3),
+            "device_seconds": round(device_seconds + here * self._devices, 3),
+        }
 
 
 def _nobody(sentence: str) -> None:

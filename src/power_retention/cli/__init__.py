@@ -9,7 +9,21 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from power_retention.cli import bench, card, convert, data, env, evaluate, export, generate, plan, retrain, state, tune
+from power_retention.cli import (
+    bench,
+    card,
+    convert,
+    data,
+    env,
+    evaluate,
+    export,
+    generate,
+    plan,
+    retrain,
+    runs,
+    state,
+    tune,
+)
 from power_retention.cli.display import results, status
 from power_retention.errors import PowerRetentionError, RunInterrupted
 
@@ -21,7 +35,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-for module in (convert, data, retrain, export, evaluate, generate, state, card, plan, bench, tune, env):
+for module in (convert, data, retrain, runs, export, evaluate, generate, state, card, plan, bench, tune, env):
     module.register(app)
 
 

@@ -1,0 +1,1 @@
+"""Runs side by side: their records as one value, and the page that draws it."""

@@ -17,12 +17,12 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.wait import WebDriverWait
-from some_runs import HOSTILE, make_runs
 
 from power_retention.evaluation.runs.page import RunsServer, render_page
 from power_retention.evaluation.runs.records import read_runs
 from power_retention.training.run import RunFolder, read_records
 from real_browser import find_browser, start_browser
+from some_runs import HOSTILE, make_runs
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -23,12 +24,14 @@ from power_retention.conversion.swap import swap_attention
 from power_retention.errors import ArgumentError, RunInterrupted
 from power_retention.models import PowerRetentionForCausalLM
 from power_retention.training.checkpoint import Checkpoints
-from power_retention.training.mixture import read_mixture
+from power_retention.training.domains import Domain
+from power_retention.training.mixture import pack, read_mixture
 from power_retention.training.parallel import ALONE, Ranks, whole_tensors
+from power_retention.training.probes import Probes
 from power_retention.training.recipe import Recipe
 from power_retention.training.recording import Figures
 from power_retention.training.retraining import Metrics, Retraining
-from power_retention.training.run import Progress, RunFolder, execute
+from power_retention.training.run import Progress, RunFolder, execute, read_records
 from power_retention.training.sharding import make_shards
 from power_retention.training.text import Tokens
 from tiny_models import tiny_parent, tokens
@@ -50,6 +53,7 @@ class Task:
     recipe: Recipe = RECIPE
     stop_after: int | None = None
     checkpoint_seconds: float = 1e9
+    probed: bool = False
     options: tuple[tuple[str, Any], ...] = ()
 
 
@@ -106,6 +110,7 @@ def train(
             folder,
             watch=note,
             tell=said.append,
+            probes=Probes(retraining, [some_domain()], every=1) if task.probed else None,
             checkpoint_seconds=task.checkpoint_seconds,
             stop_after=task.stop_after,
         )
@@ -113,6 +118,11 @@ def train(
         said.append(str(stopped))
     losses, norms = ([each[key] for each in metrics] for key in ("loss", "gradient_norm"))
     return Done(losses, norms, whole_tensors(retraining.student, ranks), said)
+
+
+def some_domain() -> Domain:
+    ids = tokens(3, 41).numpy()
+    return Domain("text", [pack([(row, np.array([0, 17])) for row in ids], 40)], kept_out=True)
 
 
 def assert_near(got: list[float], wanted: list[float], tolerance: float = SAME) -> None:
@@ -241,6 +251,46 @@ def straight(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
     """The run in two processes that nothing stopped."""
     done: Done = in_ranks(train, 2, Task(models, tmp_path_factory.mktemp("runs") / "two"))[0]
     return done
+
+
+def probes_of(run: Path) -> list[dict[str, Any]]:
+    times = ("seconds", "device_seconds")
+    return [{k: v for k, v in line.items() if k not in times} for line in read_records(RunFolder(run).held_out)]
+
+
+class TestProbes:
+    """All ranks measure, the first one writes, and what is trained does not notice."""
+
+    def test_they_change_nothing_and_are_the_same_for_any_number_of_ranks(
+        self, models: Path, straight: Done, tmp_path: Path
+    ) -> None:
+        one, two = Task(models, tmp_path / "one", probed=True), Task(models, tmp_path / "two", probed=True)
+        train(ALONE, one)
+        done = in_ranks(train, 2, replace(two, stop_after=3))[0]
+        losses = done.losses
+        done = in_ranks(train, 2, two)[0]
+        assert losses + done.losses == straight.losses
+        assert_equal(done.weights, straight.weights)
+        wanted, got = probes_of(one.run), probes_of(two.run)
+        assert [probe["step"] for probe in got] == [probe["step"] for probe in wanted] == list(range(9))
+        for mine, theirs in zip(got, wanted, strict=True):
+            for measure in ("loss", "teacher_loss", "kl"):
+                assert mine["domains"]["text"][measure] == pytest.approx(theirs["domains"]["text"][measure], rel=1e-4)
+            for layer, alone in zip(mine["layers"], theirs["layers"], strict=True):
+                assert layer["half_life"] == pytest.approx(alone["half_life"], rel=1e-3)
+                assert layer["state_norm"] == pytest.approx(alone["state_norm"], rel=1e-3)
+        assert [sitting["devices"] for sitting in read_records(RunFolder(two.run).sittings)] == [2, 2]
+        last = read_records(RunFolder(two.run).metrics)[-1]
+        assert last["device_seconds"] == pytest.approx(2 * last["seconds"], abs=0.01)
+
+    def test_in_bfloat16(self, models: Path, tmp_path: Path) -> None:
+        recipe = replace(RECIPE, precision="bfloat16", steps=2)
+        one = Task(models, tmp_path / "one", recipe=recipe, probed=True)
+        train(ALONE, one)
+        in_ranks(train, 2, replace(one, run=tmp_path / "two"))
+        for mine, theirs in zip(probes_of(tmp_path / "two"), probes_of(one.run), strict=True):
+            assert mine["domains"]["text"]["loss"] == pytest.approx(theirs["domains"]["text"]["loss"], rel=0.01)
+            assert len(mine["layers"]) == len(theirs["layers"]) > 0
 
 
 class TestNothingIsLost:

@@ -182,13 +182,12 @@ def _observe(mixer: PowerRetentionMixer, x: Tensor, position_embeddings: tuple[T
     if mixer.k_bias is not None:
         k = k + mixer.k_bias.to(k.dtype)
     v = mixer.v_proj(x).unflatten(-1, (-1, mixer.head_dim))
-    half_lives = math.log(2) / -mixer.log_gates(x).clamp(max=-1e-9)
+    log_g = mixer.log_gates(x)
+    half_lives = math.log(2) / -log_g.clamp(max=-1e-9)
     octaves = half_lives.log2().floor().clamp(0, OCTAVES - 1).long().flatten().bincount(minlength=OCTAVES)
     quantiles = half_lives.flatten().quantile(torch.tensor([0.1, 0.5, 0.9], device=x.device))
     with torch.autocast(x.device.type, enabled=False):
-        rows = [
-            _state_of(q[i].float(), k[i].float(), v[i].float(), mixer.log_gates(x[i]), mixer.p) for i in range(len(x))
-        ]
+        rows = [_state_of(q[i].float(), k[i].float(), v[i].float(), log_g[i], mixer.p) for i in range(len(x))]
     norms, normalizers = (torch.stack(each) for each in zip(*rows, strict=True))
     return {
         "half_life": quantiles.tolist(),

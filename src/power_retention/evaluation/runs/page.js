@@ -169,7 +169,7 @@ function lineChart(figure, series, options) {
     make("text", { x: left - 6, y: py(t) + 4, "text-anchor": "end" }, showTick(t)));
   const every = labels ? Math.ceil(labels.length / Math.floor((right - left) / 34)) : 1;
   const xTicks = labels ? labels.map((_, i) => i).filter((i) => i % every === 0) 
-    : ticks(x0 / unit(x1), x1 / unit(x1), Math.max(2, Math.floor(width / 90))).map((t) => t * unit(x1));
+    : ticks(x0 / unit(x1), x1 / unit(x1), Math.max(2, Math.floor(width / 62))).map((t) => t * unit(x1));
   for (const t of xTicks)
     svg.append(make("text", { x: px(t), y: bottom + 15, "text-anchor": "middle" }, labels ? labels[t] : tick(showX)(t)));
   svg.append(make("line", { class: "axis", x1: left, x2: right, y1: bottom, y2: bottom }),
@@ -215,8 +215,8 @@ function lineChart(figure, series, options) {
   svg.addEventListener("pointerleave", () => { cursor.setAttribute("visibility", "hidden"); untip(); });
 }
 
-function heatmap(figure, run, layers) {
-  const used = layers[0].octaves.map((_, i) => layers.some((layer) => layer.octaves[i] > 0));
+function heatmap(figure, run, layers, all) {
+  const used = layers[0].octaves.map((_, i) => all.some((layer) => layer.octaves[i] > 0)); // the same range in each
   const first = used.indexOf(true), end = used.lastIndexOf(true) + 1;
   const width = Math.max(200, figure.clientWidth - 28), row = Math.max(5, Math.min(18, 240 / layers.length));
   const left = 30, right = width - 8, top = 4, bottom = top + row * layers.length, height = bottom + 32;
@@ -299,12 +299,13 @@ function drawHeldOut() {
   if (!names.length) return;
   const learnt = names.filter(([, kept]) => !kept).map(([name]) => name), cards = [];
   const side = (wanted) => (probe) => wanted.filter((name) => name in probe.domains).map((name) => probe.domains[name]);
-  if (learnt.length > 1) cards.push(domainCard("All of the mixture", "mean", side(learnt)));
+  if (learnt.length > 1) cards.push(domainCard("The mixture", "mean", side(learnt)));
   const kept = names.filter(([, is]) => is).map(([name]) => name);
-  if (kept.length > 1) cards.push(domainCard("All kept out", "mean", side(kept)));
+  if (kept.length > 1) cards.push(domainCard("Kept out", "mean", side(kept)));
   for (const [name, is] of names) cards.push(domainCard(name, is ? "kept out" : null, side([name])));
   replace("domains", cards);
-  byId("held-out-note").textContent = `${MEASURES[view.measure].unit}; the dashed line is the teacher, dotted lines are where a stage begins.`;
+  byId("held-out-note").textContent = [MEASURES[view.measure].unit,
+    ...(MEASURES[view.measure].teacher ? ["dashed: the teacher"] : []), "dotted: where a stage begins"].join("; ");
 }
 
 function probeAt(run) {
@@ -343,7 +344,7 @@ function drawMoment() {
   replace("half-lives", layered.map(([run, probe]) => {
     const node = card(run.name);
     node.dataset.chart = `${run.name} half-lives`;
-    return { node, draw: () => heatmap(node, run, probe.layers) };
+    return { node, draw: () => heatmap(node, run, probe.layers, layered.flatMap(([, { layers }]) => layers)) };
   }));
   const states = [
     ["Norm of the largest state", (layer) => layer.state_norm[1], true],
@@ -388,9 +389,9 @@ const COLUMNS = [
   ["tokens/s", (run) => si(run.tokens_per_second)],
   [() => hoursName(), (run) => hours(run.device_hours)],
   ["cost", (run) => money(known(run.device_hours) && known(priceOf(run)) ? run.device_hours * priceOf(run) : null)],
-  ["KL", (run) => plain(run.summary?.learnt?.kl), (run) => run.summary?.learnt?.kl],
+  ["KL", (run) => plain(run.summary?.learnt?.kl), (run) => run.summary?.learnt?.kl, "best"],
   ["above\nteacher", (run) => percent(run.summary?.learnt?.above), (run) => run.summary?.learnt?.above],
-  ["KL,\nkept out", (run) => plain(run.summary?.kept_out?.kl), (run) => run.summary?.kept_out?.kl],
+  ["KL,\nkept out", (run) => plain(run.summary?.kept_out?.kl), (run) => run.summary?.kept_out?.kl, "best"],
   ["above,\nkept out", (run) => percent(run.summary?.kept_out?.above), (run) => run.summary?.kept_out?.above],
 ];
 
@@ -407,8 +408,8 @@ function drawTable() {
       if (box.checked) off.delete(run.name); else off.add(run.name);
       choose("off", [...off].join("\n"));
     });
-    const cells = columns.map(([, show, value]) => {
-      const best = value && data.runs.length > 1 && known(value(run)) && value(run) === Math.min(...data.runs.map(value).filter(known));
+    const cells = columns.map(([, show, value, mark]) => {
+      const best = mark && data.runs.length > 1 && known(value(run)) && value(run) === Math.min(...data.runs.map(value).filter(known));
       return make("td", { class: best ? "best" : null }, show(run));
     });
     const others = data.differences.map((name) => {

@@ -84,11 +84,17 @@ class Checkpoints:
         """
         self.wait()
         _expect_one_process()
+        self._pending = self._writer.submit(self._write, place, self._copied(_tensors(model, optimizer)))
+
+    def _copied(self, tensors: dict[str, Any]) -> dict[str, Any]:
+        """The same in host memory; of divided ones, this rank's parts."""
+        if self.ranks.size == 1:
+            return {name: value.to("cpu", copy=True) for name, value in tensors.items()}
         if self._stager is None:
-            on_gpu = any(value.is_cuda for value in model.parameters())
+            on_gpu = any(value.is_cuda for value in tensors.values())
             self._stager = DefaultStager(StagingOptions(on_gpu, False, False, False))
-        staged: Any = self._stager.stage(_tensors(model, optimizer))
-        self._pending = self._writer.submit(self._write, place, staged)
+        staged: Any = self._stager.stage(tensors)
+        return dict(staged)
 
     def wait(self) -> None:
         """Until what was saved is on disk.

@@ -11,10 +11,11 @@ from power_retention.conversion.source import open_source
 from power_retention.conversion.swap import swap_attention
 from power_retention.errors import RunInterrupted
 from power_retention.training.domains import TrainedOnText, read_domains
+from power_retention.training.folder import RunFolder
 from power_retention.training.probes import Probes
 from power_retention.training.recipe import Recipe
 from power_retention.training.retraining import Retraining
-from power_retention.training.run import RunFolder, execute
+from power_retention.training.run import execute
 from power_retention.training.text import read_documents, split_held_out, tokenize
 
 RATES = {"align_lr": 4e-3, "mixer_lr": 2e-3, "other_lr": 1e-3}

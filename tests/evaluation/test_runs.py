@@ -17,7 +17,7 @@ import pytest
 from power_retention.errors import ArgumentError, CheckpointError, DataError
 from power_retention.evaluation.runs.page import RunsServer, render_page
 from power_retention.evaluation.runs.records import differences, find_runs, read_run, read_runs, thinned, usual_price
-from power_retention.training.run import RunFolder, read_records
+from power_retention.training.folder import RunFolder, read_records
 from some_runs import ALIGNED, HOSTILE, PLAIN, make_runs
 
 

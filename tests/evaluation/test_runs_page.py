@@ -20,7 +20,7 @@ from selenium.webdriver.support.wait import WebDriverWait
 
 from power_retention.evaluation.runs.page import RunsServer, render_page
 from power_retention.evaluation.runs.records import read_runs
-from power_retention.training.run import RunFolder, read_records
+from power_retention.training.folder import RunFolder, read_records
 from real_browser import find_browser, start_browser
 from some_runs import HOSTILE, make_runs
 

@@ -397,8 +397,8 @@ const COLUMNS = [
 
 function drawTable() {
   const usual = Object.fromEntries(data.differences.map((name) => [name, commonest(data.runs.map((run) => shown(run.settings[name])))]));
-  const columns = COLUMNS.filter(([, , value]) => !value || data.runs.some((run) => known(value(run))));
-  const heads = columns.map(([name]) => make("th", { scope: "col", style: "white-space:pre-line" }, typeof name === "function" ? name() : name));
+  const columns = COLUMNS.filter(([, show]) => data.runs.some((run) => show(run) !== "–"));
+  const heads = columns.map(([name]) => make("th", { scope: "col", style: "white-space:pre" }, typeof name === "function" ? name() : name));
   const settings = data.differences.map((name) => make("th", { scope: "col", class: "setting" }, titled(name)));
   const rows = data.runs.map((run) => {
     const box = make("input", { type: "checkbox", "aria-label": `show ${run.name}` });

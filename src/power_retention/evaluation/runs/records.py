@@ -13,8 +13,8 @@ from statistics import fmean
 from typing import Any
 
 from power_retention.errors import ArgumentError, DataError
-from power_retention.evaluation.plan import GPUS
-from power_retention.training.run import RunFolder, read_records
+from power_retention.evaluation.gpus import GPUS
+from power_retention.training.folder import RunFolder, read_records
 
 Value = dict[str, Any]
 _POINTS = 400

@@ -5,16 +5,22 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from power_retention.conversion.source import open_source
 from power_retention.conversion.swap import swap_attention
 from power_retention.errors import RunInterrupted
+from power_retention.evaluation.benchmarks import Benchmark
+from power_retention.evaluation.comparison import compare
+from power_retention.evaluation.harness import Scores
+from power_retention.files import write_json
 from power_retention.training.domains import TrainedOnText, read_domains
+from power_retention.training.folder import RunFolder
 from power_retention.training.probes import Probes
 from power_retention.training.recipe import Recipe
 from power_retention.training.retraining import Retraining
-from power_retention.training.run import RunFolder, execute
+from power_retention.training.run import execute
 from power_retention.training.text import read_documents, split_held_out, tokenize
 
 RATES = {"align_lr": 4e-3, "mixer_lr": 2e-3, "other_lr": 1e-3}
@@ -22,6 +28,24 @@ ALIGNED = Recipe(steps=6, align_share=0.5, batch=2, length=64, **RATES)
 PLAIN = Recipe(steps=8, align_share=0.0, batch=2, length=64, **RATES)
 HOSTILE = "no-align <b>&lt;{{script}}"
 """A folder may have any name."""
+
+
+def evaluate_as_if(run: Path) -> None:
+    """The report of an evaluation by tasks, of answers drawn at random."""
+    generator = np.random.default_rng(0)
+    benchmark = Benchmark("cloze", "Story cloze", ("story_cloze",))
+    prompts = tuple(map(str, range(200)))
+    models = {
+        name: {
+            "cloze": Scores(
+                (generator.random(200) < right).astype(float), np.full(200, 0.5), prompts, "acc", "likelihood", 0
+            )
+        }
+        for name, right in (("teacher", 0.9), ("student", 0.8))
+    }
+    report = run.parent / "evaluation" / "evaluation.json"
+    report.parent.mkdir()
+    write_json(report, {"tasks": {row.benchmark.name: row.to_dict() for row in compare([benchmark], models)}})
 
 
 def make_runs(folder: Path, stories_dir: Path, stories_text: Path) -> tuple[Path, Path]:

@@ -6,6 +6,7 @@ import json
 import re
 import signal
 import subprocess
+import sys
 import urllib.request
 from pathlib import Path
 
@@ -53,6 +54,12 @@ def test_help_and_refusals(here: Here, folder: Path, tmp_path: Path) -> None:  #
     refused = here("runs", folder, "--port", "99999")
     assert refused.code == 1
     assert "error: Port 99999 cannot be served" in refused.err
+
+
+def test_looking_at_runs_takes_no_torch() -> None:
+    """Which takes seconds to load."""
+    code = "import sys, power_retention.evaluation.runs.records; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_served_until_ctrl_c(folder: Path) -> None:

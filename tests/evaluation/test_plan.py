@@ -11,7 +11,8 @@ import pytest
 from power_retention.conversion.presets import preset
 from power_retention.errors import ArgumentError
 from power_retention.evaluation.figure import draw_plan_figure
-from power_retention.evaluation.plan import GPUS, Assumptions, Gpu, make_plan, parse_count, parse_gpus, state_traffic
+from power_retention.evaluation.gpus import GPUS, Gpu
+from power_retention.evaluation.plan import Assumptions, make_plan, parse_count, parse_gpus, state_traffic
 from power_retention.models import BrumbyConfig
 from power_retention.models.sizes import count_parameters, kv_bytes_per_token, state_bytes
 from tiny_models import VARIANTS, tiny_config

@@ -17,8 +17,8 @@ import pytest
 from power_retention.errors import ArgumentError, CheckpointError, DataError
 from power_retention.evaluation.runs.page import RunsServer, render_page
 from power_retention.evaluation.runs.records import differences, find_runs, read_run, read_runs, thinned, usual_price
-from power_retention.training.run import RunFolder, read_records
-from some_runs import ALIGNED, HOSTILE, PLAIN, make_runs
+from power_retention.training.folder import RunFolder, read_records
+from some_runs import ALIGNED, HOSTILE, PLAIN, evaluate_as_if, make_runs
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +113,20 @@ class TestReading:
         shutil.copytree(own / "aligned", deep / "aligned")
         assert find_runs([tmp_path / "a"]) == []
         assert find_runs([tmp_path / "a" / "b"]) == [deep / "aligned" / "run"]
+
+
+def test_tasks_of_the_result(own: Path) -> None:
+    path = own / "aligned" / "run"
+    assert read_run(path)["tasks"] == {}
+    evaluate_as_if(path)
+    report = own / "aligned" / "evaluation" / "evaluation.json"
+    wanted = json.loads(report.read_text())["tasks"]["cloze"]
+    got = read_run(path)["tasks"]["cloze"]
+    assert (got["student"], got["recovered"]) == (wanted["scores"]["student"], wanted["recovered"]["student"])
+    assert 0.5 < got["recovered"]["value"] < 1
+    report.write_text('{"tasks": {"cloze": {}}}')
+    with pytest.raises(DataError, match="evaluate the model again"):
+        read_run(path)
 
 
 class TestCosts:

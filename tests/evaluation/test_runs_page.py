@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -20,9 +21,9 @@ from selenium.webdriver.support.wait import WebDriverWait
 
 from power_retention.evaluation.runs.page import RunsServer, render_page
 from power_retention.evaluation.runs.records import read_runs
-from power_retention.training.run import RunFolder, read_records
+from power_retention.training.folder import RunFolder, read_records
 from real_browser import find_browser, start_browser
-from some_runs import HOSTILE, make_runs
+from some_runs import HOSTILE, evaluate_as_if, make_runs
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def chrome(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
 @pytest.fixture(scope="module")
 def folder(stories_dir: Path, stories_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("experiments")
-    make_runs(folder, stories_dir, stories_text)
+    evaluate_as_if(make_runs(folder, stories_dir, stories_text)[0])
     return folder
 
 
@@ -187,6 +188,15 @@ class TestAlone:
             assert len(card(page, "aligned half-lives").find_elements(By.TAG_NAME, "line")) == len(layers)
             cells = sum(count > 0 for layer in layers for count in layer["octaves"])
             assert len(card(page, "aligned half-lives").find_elements(By.TAG_NAME, "rect")) == cells
+
+    def test_benchmarks(self, page: Chrome, folder: Path) -> None:
+        report = json.loads((folder / "aligned" / "evaluation" / "evaluation.json").read_text())["tasks"]["cloze"]
+        row = page.find_element(By.CSS_SELECTOR, "#tasks tr[data-task=cloze]").text
+        for estimate in (report["scores"]["teacher"], report["scores"]["student"], report["recovered"]["student"]):
+            assert f"{100 * estimate['value']:.1f} ± {100 * estimate['error']:.1f}" in row
+        assert "by likelihood, 0-shot, 200 documents" in row
+        heads = [head.text for head in page.find_elements(By.CSS_SELECTOR, "#tasks th")]
+        assert heads == ["benchmark", "chance", "teacher", "aligned"]
 
     def test_training_curves(self, page: Chrome, folder: Path) -> None:
         metrics = read_records(RunFolder(folder / "aligned" / "run").metrics)

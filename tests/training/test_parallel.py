@@ -25,13 +25,14 @@ from power_retention.errors import ArgumentError, RunInterrupted
 from power_retention.models import PowerRetentionForCausalLM
 from power_retention.training.checkpoint import Checkpoints
 from power_retention.training.domains import Domain
+from power_retention.training.folder import RunFolder, read_records
 from power_retention.training.mixture import pack, read_mixture
 from power_retention.training.parallel import ALONE, Ranks, whole_tensors
 from power_retention.training.probes import Probes
 from power_retention.training.recipe import Recipe
 from power_retention.training.recording import Figures
 from power_retention.training.retraining import Metrics, Retraining
-from power_retention.training.run import Progress, RunFolder, execute, read_records
+from power_retention.training.run import Progress, execute
 from power_retention.training.sharding import make_shards
 from power_retention.training.text import Tokens
 from tiny_models import tiny_parent, tokens

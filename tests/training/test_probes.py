@@ -28,11 +28,12 @@ from power_retention.training.domains import (
     parse_held_out,
     read_domains,
 )
+from power_retention.training.folder import RunFolder, read_records
 from power_retention.training.mixture import Mixture, Phase, read_held_out
 from power_retention.training.probes import OCTAVES, Probes, mixer_health, probe_steps
 from power_retention.training.recipe import Recipe
 from power_retention.training.retraining import Retraining
-from power_retention.training.run import RunFolder, RunInterrupted, execute, read_records
+from power_retention.training.run import RunInterrupted, execute
 from power_retention.training.sharding import make_shards
 from power_retention.training.shards import open_shards
 from power_retention.training.text import Tokens, hash_unit, read_documents, split_held_out, tokenize

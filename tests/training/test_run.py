@@ -27,11 +27,12 @@ from power_retention.conversion.swap import swap_attention
 from power_retention.errors import CheckpointError, OutputError, PowerRetentionError
 from power_retention.evaluation.loss import held_out_loss
 from power_retention.training import losses
+from power_retention.training.folder import RunFolder
 from power_retention.training.mixture import read_mixture
 from power_retention.training.recipe import Recipe, Stage
 from power_retention.training.recording import Figures
 from power_retention.training.retraining import Metrics, Retraining
-from power_retention.training.run import Progress, RunFolder, RunInterrupted, execute, remove_checkpoints
+from power_retention.training.run import Progress, RunInterrupted, execute, remove_checkpoints
 from power_retention.training.sharding import make_shards
 from power_retention.training.text import Tokens, read_documents, tokenize
 
@@ -264,7 +265,8 @@ torch.set_num_threads(1)
 from power_retention.conversion.source import open_source
 from power_retention.models import PowerRetentionForCausalLM
 from power_retention.training.retraining import Retraining
-from power_retention.training.run import RunFolder, execute
+from power_retention.training.folder import RunFolder
+from power_retention.training.run import execute
 from power_retention.training.text import read_documents, tokenize
 
 student, teacher, text, path = sys.argv[1:]

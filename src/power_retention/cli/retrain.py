@@ -29,10 +29,11 @@ if TYPE_CHECKING:
 
     from power_retention.conversion.source import Source
     from power_retention.models import PowerRetentionForCausalLM
+    from power_retention.training.folder import RunFolder
     from power_retention.training.mixture import Mixture
     from power_retention.training.parallel import Ranks
     from power_retention.training.recipe import Recipe
-    from power_retention.training.run import Progress, RunFolder
+    from power_retention.training.run import Progress
     from power_retention.training.text import Tokens
 
 _PROBE_TOKENS = 20_000
@@ -114,10 +115,11 @@ def retrain(
     """
     quiet_libraries()
     from power_retention.errors import DataError
+    from power_retention.training.folder import RunFolder
     from power_retention.training.parallel import joined_ranks, whole_tensors
     from power_retention.training.recipe import Recipe
     from power_retention.training.retraining import Retraining, fastest_precision, steps_within
-    from power_retention.training.run import RunFolder, execute, remove_checkpoints
+    from power_retention.training.run import execute, remove_checkpoints
 
     if bool(text) == bool(data):
         raise DataError("retrain needs text to train on: either --text FILE_OR_FOLDER or --data SHARDS_OR_MIXTURE.")

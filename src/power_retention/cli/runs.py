@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 
 from power_retention.cli.display import print_json, results, status, table
-from power_retention.cli.options import Json, quiet_libraries
+from power_retention.cli.options import Json
 
 
 def register(app: typer.Typer) -> None:
@@ -41,7 +41,6 @@ def runs(
 
         power-retention runs experiments --html runs.html
     """
-    quiet_libraries()
     from power_retention.evaluation.runs.page import RunsServer, render_page
     from power_retention.evaluation.runs.records import read_runs
     from power_retention.files import clear_write_errors, replacement

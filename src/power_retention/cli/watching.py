@@ -14,11 +14,11 @@ from power_retention.cli.display import progress_bar, results, status, table
 
 if TYPE_CHECKING:
     from power_retention.conversion.source import Source
+    from power_retention.training.folder import RunFolder
     from power_retention.training.mixture import Mixture
     from power_retention.training.parallel import Ranks
     from power_retention.training.probes import Probes
     from power_retention.training.retraining import Retraining
-    from power_retention.training.run import RunFolder
 
 HELD_OUT, PROBES = "held out", "probes"
 NOTES = (HELD_OUT, PROBES)
@@ -140,7 +140,7 @@ def open_board(folder: RunFolder, ranks: Ranks) -> AbstractContextManager[Callab
 
 def last_record(folder: RunFolder) -> dict[str, Any] | None:
     """The last probe of a run."""
-    from power_retention.training.run import read_records
+    from power_retention.training.folder import read_records
 
     records = read_records(folder.held_out)
     return records[-1] if records else None
@@ -148,7 +148,7 @@ def last_record(folder: RunFolder) -> dict[str, Any] | None:
 
 def show_held_out(folder: RunFolder) -> None:
     """A table of the first and the last probe."""
-    from power_retention.training.run import read_records
+    from power_retention.training.folder import read_records
 
     records = read_records(folder.held_out)
     if not records:

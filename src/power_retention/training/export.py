@@ -17,7 +17,7 @@ from power_retention.errors import CheckpointError
 from power_retention.files import clear_write_errors, new_folder, sync_folder
 from power_retention.models import PowerRetentionConfig, PowerRetentionForCausalLM
 from power_retention.training.checkpoint import checkpoint_of, read_weights
-from power_retention.training.run import RunFolder
+from power_retention.training.folder import RunFolder
 
 
 def assemble(config: PowerRetentionConfig, weights: Mapping[str, Tensor]) -> PowerRetentionForCausalLM:

@@ -11,7 +11,10 @@ for (const [name, value] of new URLSearchParams(location.hash.slice(1))) if (nam
 const byId = (id) => document.getElementById(id);
 const hidden = () => new Set(view.off ? view.off.split("\n") : []);
 const shownRuns = () => data.runs.filter((run) => !hidden().has(run.name));
-const color = (run) => `var(--run-${data.runs.indexOf(run) % 8})`;
+const color = (run) => {
+  const index = data.runs.indexOf(run);
+  return index < 8 ? `var(--run-${index})` : `hsl(${(index * 137.5) % 360} 62% 52%)`; // chosen ones first, then spread hues
+};
 const priceOf = (run) => (view.price === "" ? run.price : Number(view.price));
 const known = (value) => typeof value === "number" && Number.isFinite(value);
 const mean = (values) => (values.length && values.every(known) ? values.reduce((a, b) => a + b, 0) / values.length : null);
@@ -397,8 +400,8 @@ const COLUMNS = [
 
 function drawTable() {
   const usual = Object.fromEntries(data.differences.map((name) => [name, commonest(data.runs.map((run) => shown(run.settings[name])))]));
-  const columns = COLUMNS.filter(([, , value]) => !value || data.runs.some((run) => known(value(run))));
-  const heads = columns.map(([name]) => make("th", { scope: "col", style: "white-space:pre-line" }, typeof name === "function" ? name() : name));
+  const columns = COLUMNS.filter(([, show]) => data.runs.some((run) => show(run) !== "–"));
+  const heads = columns.map(([name]) => make("th", { scope: "col", style: "white-space:pre" }, typeof name === "function" ? name() : name));
   const settings = data.differences.map((name) => make("th", { scope: "col", class: "setting" }, titled(name)));
   const rows = data.runs.map((run) => {
     const box = make("input", { type: "checkbox", "aria-label": `show ${run.name}` });
@@ -423,6 +426,23 @@ function drawTable() {
     make("thead", {}, make("tr", {}, make("th", { scope: "col" }, "run"), make("th", { scope: "col" }, ""), ...heads, ...settings)),
     make("tbody", {}, ...rows));
   drawSame();
+}
+
+function drawBenchmarks() {
+  const runs = shownRuns().filter((run) => Object.keys(run.tasks).length), rows = new Map();
+  for (const run of runs) for (const [name, row] of Object.entries(run.tasks)) if (!rows.has(name)) rows.set(name, row);
+  byId("benchmarks").hidden = !rows.size;
+  const within = (estimate) => (estimate ? `${signed((100 * estimate.value).toFixed(1))} ± ${(100 * (estimate.error ?? 0)).toFixed(1)}` : "–");
+  const heads = runs.map((run) => make("th", { scope: "col" }, make("span", { class: "dot", style: `--own:${color(run)}` }), run.name));
+  byId("tasks").replaceChildren(
+    make("thead", {}, make("tr", {}, ...["benchmark", "chance", "teacher"].map((head) => make("th", { scope: "col" }, head)), ...heads)),
+    make("tbody", {}, ...[...rows].map(([name, row]) => make("tr", { "data-task": name },
+      make("td", {}, row.title, make("span", { class: "detail" }, `by ${row.kind}, ${row.shots}-shot, ${row.documents} documents`)),
+      make("td", {}, (100 * row.chance).toFixed(1)), make("td", {}, within(row.teacher)),
+      ...runs.map((run) => {
+        const own = run.tasks[name];
+        return make("td", {}, own ? within(own.recovered) : "", make("span", { class: "detail" }, own ? within(own.student) : ""));
+      })))));
 }
 
 function progress(run) {
@@ -468,6 +488,7 @@ function draw() {
   byId("probe").value = view.probe;
   drawTable();
   drawHeldOut();
+  drawBenchmarks();
   if (!byId("moment").hidden) drawMoment();
   drawTraining();
 }

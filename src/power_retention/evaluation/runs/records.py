@@ -13,8 +13,8 @@ from statistics import fmean
 from typing import Any
 
 from power_retention.errors import ArgumentError, DataError
-from power_retention.evaluation.plan import GPUS
-from power_retention.training.run import RunFolder, read_records
+from power_retention.evaluation.gpus import GPUS
+from power_retention.training.folder import RunFolder, read_records
 
 Value = dict[str, Any]
 _POINTS = 400
@@ -70,11 +70,12 @@ def read_run(path: Path, price: float | None = None) -> Value:
     Returns:
         ``state`` (``running``, ``finished`` or ``stopped``), ``settings`` (recipe and inputs), ``step`` of ``steps``,
         ``tokens``, ``seconds``, ``device_hours``, ``dollars``, ``device``, ``devices``, ``price``, ``stages`` (name and the
-        tokens where each began), ``training`` (curves), ``probes`` (lines of ``held_out.jsonl``) and ``summary`` of the last of
-        them.
+        tokens where each began), ``training`` (curves), ``probes`` (lines of ``held_out.jsonl``), ``summary`` of the last of
+        them, and ``tasks``: what `power-retention evaluate --tasks` has measured of the result, by benchmark.
 
     Raises:
         CheckpointError: ``run.json`` is damaged.
+        DataError: the report of the evaluation is.
     """
     folder = RunFolder(path)
     recipe, inputs = folder.read_settings()
@@ -106,6 +107,7 @@ def read_run(path: Path, price: float | None = None) -> Value:
         "training": thinned(metrics),
         "probes": probes,
         "summary": _summary(probes[-1]) if probes else None,
+        "tasks": _tasks(path.parent / "evaluation" / "evaluation.json") if path.name == "run" else {},
     }
 
 
@@ -184,6 +186,23 @@ def _stages(metrics: Sequence[Value]) -> Iterator[Value]:
     for name, group in groupby(metrics, key=lambda record: record["stage"]):
         yield {"name": name, "tokens": before["tokens"], "device_seconds": before.get("device_seconds")}
         *_, before = group
+
+
+def _tasks(report: Path) -> Value:
+    if not report.is_file():
+        return {}
+    try:
+        return {
+            name: {
+                **{key: row[key] for key in ("title", "kind", "shots", "documents", "chance")},
+                "teacher": row["scores"]["teacher"],
+                "student": row["scores"]["student"],
+                "recovered": row["recovered"]["student"],
+            }
+            for name, row in json.loads(report.read_bytes()).get("tasks", {}).items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{report} is damaged ({type(error).__name__}: {error}); evaluate the model again.") from error
 
 
 def _summary(probe: Value) -> Value:

@@ -4,7 +4,7 @@
 
 A model of SmolLM2-135M's shape (--preset for another) with random weights is retrained on random tokens for a few steps, by one
 GPU, by all, in two groups, compiled, with layers computed again, stopped and resumed; what must be equal is compared.  The exit
-status counts what is wrong.  With --device cpu the script itself is tried.
+status counts what is wrong.  The script itself is tried with --device cpu --layers 1 --batch 4 --length 32.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from power_retention.conversion.presets import preset
 from power_retention.conversion.swap import swap_attention
@@ -84,14 +84,15 @@ def trained(ranks: Ranks, device: torch.device, models: Path, run: Path, options
 class Runs:
     """Runs of one model, each in processes of its own."""
 
-    def __init__(self, folder: Path, name: str, recipe: Recipe, device: str) -> None:
+    def __init__(self, folder: Path, parent: PreTrainedConfig, recipe: Recipe, device: str) -> None:
         self.folder, self.recipe, self.device = folder, recipe, device
         self.models = folder / "models"
-        self.config = preset(name).config()
         with torch.device(device):
-            teacher = AutoModelForCausalLM.from_config(preset(name).parent_config(), dtype=torch.float32)
+            teacher = AutoModelForCausalLM.from_config(parent, dtype=torch.float32)
         teacher.cpu().save_pretrained(self.models / "teacher")
-        swap_attention(copy.deepcopy(teacher)).save_pretrained(self.models / "student")
+        student = swap_attention(copy.deepcopy(teacher))
+        student.save_pretrained(self.models / "student")
+        self.config = student.config
         self.count = 0
 
     def __call__(self, gpus: int, *, run: str | None = None, replicas: int = 1, **options: Any) -> list[dict[str, Any]]:
@@ -105,16 +106,18 @@ class Runs:
         subprocess.run(
             [*launch, __file__, "--worker", self.models, path, asked],
             check=True,
-            env={**os.environ, "OMP_NUM_THREADS": "4"},
+            env={"OMP_NUM_THREADS": "4", **os.environ},
         )
         return [json.loads(path.with_suffix(f".rank{rank}.json").read_text()) for rank in range(gpus)]
 
 
-def check(gpus: int, name: str, batch: int, length: int, device: str) -> dict[str, Any]:
+def check(gpus: int, name: str, layers: int | None, batch: int, length: int, device: str) -> dict[str, Any]:
     """Every figure, and what is wrong."""
     recipe = Recipe(
         STEPS, align_share=0.5, batch=batch, length=length, precision="float32", align_lr=1e-3, mixer_lr=1e-4
     )
+    parent = preset(name).parent_config()
+    parent.num_hidden_layers = layers or parent.num_hidden_layers
     report: dict[str, Any] = {
         "gpus": gpus,
         "gpu": torch.cuda.get_device_name() if device == "cuda" else device,
@@ -122,7 +125,7 @@ def check(gpus: int, name: str, batch: int, length: int, device: str) -> dict[st
         "wrong": [],
     }
     with tempfile.TemporaryDirectory() as folder:
-        runs = Runs(Path(folder), name, recipe, device)
+        runs = Runs(Path(folder), parent, recipe, device)
 
         def compare(what: str, got: list[float], wanted: list[float], tolerance: float) -> None:
             worst = max(abs(a - b) / abs(b) for a, b in zip(got, wanted, strict=True))
@@ -148,7 +151,7 @@ def check(gpus: int, name: str, batch: int, length: int, device: str) -> dict[st
         first = runs(gpus, run="resumed", precision="bfloat16", stop_after=5)[0]["losses"]
         rest = runs(gpus, run="resumed", precision="bfloat16")[0]["losses"]
         compare("stopped and resumed", first + rest, straight, 0.0)
-        predicted = lay_out(runs.config, Layout(gpus, batch=batch, length=length), preset(name).parent_config())
+        predicted = lay_out(runs.config, Layout(gpus, batch=batch, length=length), parent)
         measured = max(rank["peak_bytes"] for rank in fast)
         report["peak memory"] = {
             "predicted": predicted.total,
@@ -162,6 +165,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", type=int, default=torch.cuda.device_count())
     parser.add_argument("--preset", default="smollm2-135m")
+    parser.add_argument("--layers", type=int, help="fewer than the model has")
     parser.add_argument("--batch", type=int, default=16, help="of all GPUs")
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--device", default="cuda")
@@ -172,7 +176,7 @@ def main() -> int:
         models, run, options = given.worker
         work(Path(models), Path(run), json.loads(options))
         return 0
-    report = check(given.gpus, given.preset, given.batch, given.length, given.device)
+    report = check(given.gpus, given.preset, given.layers, given.batch, given.length, given.device)
     print(json.dumps(report, indent=2))
     if given.out:
         write_json(given.out, report)

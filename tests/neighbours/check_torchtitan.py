@@ -6,7 +6,7 @@
     done
 
 A model is saved, opened by torchtitan's own loader under its names, divided by its FSDP with full activation checkpointing and
-by tensor parallelism, or cut by its pipeline and run under a 1F1B schedule: loss and gradients must be those of the whole model.
+by tensor parallelism, or cut by its pipeline and run under a 1F1B schedule: loss and gradients must be the whole model's.
 """
 
 from __future__ import annotations

@@ -33,3 +33,16 @@ def test_refusals(tmp_path: Path, here: Here) -> None:  # noqa: F811
     assert here.refusal("plan", "qwen3-8b", "--gpus", "4 cards").startswith("GPUs are given as 4xH200, not '4 cards'")
     assert here.refusal("plan", "qwen3-8b", "--context", "long").startswith("A number of tokens is written")
     assert "plan with more or larger GPUs" in here.refusal("plan", "llama-3.3-70b", "--gpus", "1xH200")
+
+
+def test_a_dry_run(here: Here) -> None:  # noqa: F811
+    options = ("--gpus", "64xH200", "--dry-run", "--json")
+    plan = json.loads(here("plan", "glm-4.5-air", *options).out)
+    assert plan["layout"] == {"ranks": 64, "dp_replicate": 1, "batch": 64, "length": 4096, "recompute": True}
+    assert 6e9 < plan["bytes"]["weights"] < 7e9
+    assert plan["bytes"]["total"] < 141e9
+    crowded = here("plan", "glm-4.5-air", "--ranks", "8", "--dry-run").out
+    assert "of the 141 GB of an H200. Use more GPUs" in " ".join(crowded.split())
+    assert "cannot be divided into 3 groups" in here.refusal(
+        "plan", "qwen3-8b", "--ranks", "8", "--replicas", "3", "--dry-run"
+    )

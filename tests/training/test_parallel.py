@@ -22,6 +22,7 @@ from worlds import in_ranks, start_ranks
 
 from power_retention.conversion.swap import swap_attention
 from power_retention.errors import ArgumentError, RunInterrupted
+from power_retention.evaluation.dry_run import Layout, lay_out
 from power_retention.models import PowerRetentionForCausalLM
 from power_retention.training.checkpoint import Checkpoints
 from power_retention.training.domains import Domain
@@ -233,6 +234,25 @@ def test_bfloat16_is_gathered_and_float32_is_kept(models: Path, tmp_path: Path) 
     name = "distil model.layers.0.mlp.down_proj.weight"
     errors = [float((each[name] - exact[name]).norm() / exact[name].norm()) for each in (sharded, narrow)]
     assert 1e-4 < errors[0] < 2 * errors[1]
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "glm4_moe"])
+def test_experts_in_bfloat16(kind: str, tmp_path: Path) -> None:
+    task = Task(save_models(kind, tmp_path), tmp_path / "run")
+    exact = gradients_of(ALONE, task)
+    narrow = in_ranks(gradients_of, 2, replace(task, recipe=replace(RECIPE, precision="bfloat16")))[0]
+    assert_gradients_near(narrow, exact, 0.1)
+
+
+def own_elements(ranks: Ranks, task: Task) -> int:
+    retraining, _ = begin(ranks, task)
+    return sum(value.to_local().numel() for value in retraining.student.parameters())  # type: ignore[attr-defined]
+
+
+def test_the_first_rank_holds_what_a_dry_run_says(models: Path, tmp_path: Path) -> None:
+    held = in_ranks(own_elements, 4, Task(models, tmp_path))
+    config = AutoModelForCausalLM.from_pretrained(models / "student").config
+    assert max(held) == held[0] == lay_out(config, Layout(4, batch=4, length=32)).weights / 4
 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused(models: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,8 +13,11 @@ from power_retention.cli.display import print_json, results, status, table
 from power_retention.cli.options import Json, quiet_libraries
 
 if TYPE_CHECKING:
-    from power_retention.evaluation.plan import Plan, Serving
+    from power_retention.evaluation.dry_run import Layout
+    from power_retention.evaluation.plan import Gpu, Plan, Serving
 
+_FULL = 0.9
+"""Share of a GPU's memory above which a retraining is told not to fit."""
 _CONTEXTS = (4096, 32768, 131072, 1048576)
 
 
@@ -33,6 +37,17 @@ def plan(
     utilisation: Annotated[float, typer.Option(help="Share of the GPU's operations that training reaches.")] = 0.4,
     price: Annotated[float | None, typer.Option(help="Dollars an hour of one GPU.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Also draw users and speed against context, as a PNG.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Instead, lay a retraining out over the GPUs: what each has to hold.")
+    ] = False,
+    ranks: Annotated[int | None, typer.Option(help="Of the dry run: GPUs, where not as --gpus says.")] = None,
+    replicas: Annotated[int, typer.Option(help="Of the dry run: groups of GPUs that hold all weights each.")] = 1,
+    batch: Annotated[int | None, typer.Option(help="Of the dry run: sequences a step; one a GPU by default.")] = None,
+    length: Annotated[int, typer.Option(help="Of the dry run: tokens a sequence.")] = 4096,
+    recompute: Annotated[
+        bool,
+        typer.Option("--recompute/--no-recompute", help="Of the dry run: compute layers again in backward passes."),
+    ] = True,
     json: Json = False,
 ) -> None:
     """Say what serving and retraining a model takes, before renting anything: memory, users, speed, cost.
@@ -42,11 +57,19 @@ def plan(
         power-retention plan qwen3-14b --context 1M --gpus 4xH200
 
         power-retention plan my-model --gpus 1xRTX4090 --state-dtype bfloat16 --ring 16 --plot plan.png
+
+        power-retention plan glm-4.5-air --gpus 32xH200 --dry-run --length 8192
     """
     quiet_libraries()
     from power_retention.evaluation.plan import Assumptions, make_plan, parse_count, parse_gpus
 
     count, gpu = parse_gpus(gpus, price)
+    if dry_run:
+        from power_retention.evaluation.dry_run import Layout
+
+        count = ranks or count
+        _dry_run(model, Layout(count, replicas, batch or count, length, recompute), gpu, json)
+        return
     contexts = sorted({*_CONTEXTS, parse_count(context)})
     assumptions = Assumptions(
         weight_bytes=weight_bytes,
@@ -65,6 +88,28 @@ def plan(
         with status.status(f"Drawing {escape(str(plot))}"):
             draw_plan_figure(made, plot)
     print_json(made.to_dict()) if json else _show(made, parse_count(context))
+
+
+def _dry_run(model: str, layout: Layout, gpu: Gpu, json: bool) -> None:
+    from power_retention.conversion.presets import resolve_config
+    from power_retention.evaluation.dry_run import lay_out, teacher_of
+
+    with status.status(f"Laying {escape(model)} out over {layout.ranks} GPUs"):
+        memory = lay_out(resolve_config(model), layout, teacher_of(model))
+    if json:
+        print_json({"model": model, "layout": asdict(layout), "gpu": gpu.name, "bytes": memory.to_dict()})
+        return
+    rows = [(name, f"{size / 1e9:,.2f} GB") for name, size in memory.to_dict().items()]
+    table(f"Retraining {model} on {layout.ranks} × {gpu.name}: what the fullest holds", ("what", "how much"), rows)
+    share = memory.total / (gpu.memory_gb * 1e9)
+    verdict = f"{share:.0%} of the {gpu.memory_gb:g} GB of an {gpu.name}."
+    advice = " Use more GPUs, fewer replicas, or shorter sequences." if share > _FULL else ""
+    results.print(
+        f"{verdict}{advice}\n[dim]Shards are exact, made by the code of a real run; the rest is reckoned for a distillation in "
+        f"bfloat16, {layout.batch} × {layout.length:,} tokens a step, layers {'' if layout.recompute else 'not '}computed "
+        "again. Kernels, the allocator and NCCL take some more.[/]",
+        highlight=False,
+    )
 
 
 def _show(plan: Plan, context: int) -> None:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-_LOGITS = {"cpu": 1 << 25, "cuda": 1 << 28}
+LOGITS_AT_A_TIME = {"cpu": 1 << 25, "cuda": 1 << 28}
 """Logits that exist at a time."""
 _ROWS = 512
 """Tokens whose logits exist at a time where nothing is trained."""
@@ -114,7 +114,7 @@ def _compiled_losses() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
 
 def _rows_at_a_time(head: Tensor) -> int:
     """As many rows as the allowed number of logits are, a power of two."""
-    rows = _LOGITS.get(head.device.type, _LOGITS["cpu"]) // len(head)
+    rows = LOGITS_AT_A_TIME.get(head.device.type, LOGITS_AT_A_TIME["cpu"]) // len(head)
     return 1 << max(4, min(rows.bit_length() - 1, 13))
 
 

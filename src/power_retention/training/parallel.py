@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -24,6 +25,9 @@ from transformers import PreTrainedModel
 from power_retention.errors import ArgumentError, PowerRetentionError, RunInterrupted
 
 MESH = ("dp_replicate", "dp_shard")
+
+_PATIENCE = timedelta(hours=3)
+"""How long ranks wait for the first one to open or write a model; one that dies is noticed at once all the same."""
 
 T = TypeVar("T")
 
@@ -149,7 +153,7 @@ def joined_ranks(device: torch.device, *, dp_replicate: int = 1) -> Iterator[Ran
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    control, background = (dist.new_group(backend="gloo") for _ in range(2))
+    control, background = (dist.new_group(backend="gloo", timeout=_PATIENCE) for _ in range(2))
     try:
         yield Ranks(dist.get_rank(), size, make_mesh(device.type, size, dp_replicate), control, background)
         dist.barrier(control)  # gloo aborts where one leaves while another still listens
@@ -226,6 +230,7 @@ def hand_out(model: nn.Module, ranks: Ranks, device: torch.device, shard: Callab
         shard: does the sharding.
     """
     whole = {name: value.detach() for name, value in _named_tensors(model)} if ranks.first else {}
+    dtypes = ranks.same({name: value.dtype for name, value in whole.items()})
     shard()
     if any(value.is_meta for _, value in _named_tensors(model)):
         model.to_empty(device=device)
@@ -233,7 +238,7 @@ def hand_out(model: nn.Module, ranks: Ranks, device: torch.device, shard: Callab
         if ranks.first:
             full = whole.pop(name).to(device, copy=True)
         else:
-            full = torch.empty(value.shape, dtype=value.dtype, device=device)
+            full = torch.empty(value.shape, dtype=dtypes[name], device=device)
         dist.broadcast(full, src=0)
         if isinstance(value, DTensor):
             own = distribute_tensor(full, value.device_mesh, value.placements, src_data_rank=None)

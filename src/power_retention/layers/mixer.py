@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from power_retention.errors import ArgumentError
+from power_retention.layers.pieces import Piece, retain_piece
 from power_retention.layers.softmax import softmax_attention
-from power_retention.ops import power_retention
+from power_retention.ops import PowerState, power_retention
 from power_retention.ops.heads import FORGET
 
 OPEN_GATE_BIAS = 6.0
@@ -118,7 +119,9 @@ class PowerRetentionMixer(nn.Module):
         cu_seqlens: Tensor | None = None,
         starts: Tensor | None = None,
         memory: TokenMemory | None = None,
-    ) -> tuple[Tensor, None]:
+        piece: Piece | None = None,
+        state: PowerState | None = None,
+    ) -> tuple[Tensor, PowerState | None]:
         """Mix tokens.
 
         Args:
@@ -128,9 +131,11 @@ class PowerRetentionMixer(nn.Module):
             cu_seqlens: borders of packed sequences, where there is no memory.
             starts: ``[B, T]``, True at tokens that begin a document: their gates close, and what came before is forgotten.
             memory: what was read before; these tokens are added to it.
+            piece: the tokens are a piece of a longer sequence, with these borders (``cu_seqlens`` is not looked at).
+            state: what the first sequence of a piece has read before; gradients flow into it.
 
         Returns:
-            ``[B, T, hidden]``, and None where attention would return its weights.
+            ``[B, T, hidden]``, and, where attention would return its weights, the state that leaves a piece, else None.
         """
         q, k = self.queries_and_keys(x, *position_embeddings)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
@@ -139,21 +144,26 @@ class PowerRetentionMixer(nn.Module):
         q, k, log_g = q.to(v.dtype), k.to(v.dtype), self.log_gates(x)
         if starts is not None:
             log_g = log_g.masked_fill(starts[..., None], FORGET)
+        leaving: PowerState | None = None
         if self.softmax:
-            if memory is not None:
-                raise ArgumentError("Softmax attention (use_exp=True) keeps no state; pass use_cache=False.")
+            if memory is not None or piece is not None:
+                raise ArgumentError(
+                    "Softmax attention (use_exp=True) keeps no state: pass use_cache=False, and sequences in one piece."
+                )
             if starts is not None:
                 raise ArgumentError("Softmax attention (use_exp=True) has no gates to close; pack with cu_seqlens.")
             y = softmax_attention(q, k, v, mask=mask, cu_seqlens=cu_seqlens)
         elif memory is not None:
             y = memory.read(q, k, v, log_g, p=self.p, mask=mask, chunk_size=self.chunk_size)
+        elif piece is not None:
+            y, leaving = retain_piece(q, k, v, log_g, piece, state, p=self.p, chunk_size=self.chunk_size, mask=mask)
         else:
             out = power_retention(
                 q, k, v, log_g, p=self.p, chunk_size=self.chunk_size, cu_seqlens=cu_seqlens, mask=mask
             )
             assert isinstance(out, Tensor)
             y = out
-        return self.o_proj(y.flatten(-2)), None
+        return self.o_proj(y.flatten(-2)), leaving
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

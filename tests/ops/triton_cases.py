@@ -135,7 +135,9 @@ def state_failures(device: str, reference_device: str = "cpu") -> list[str]:
             final = power_retention_state(inputs["k"], inputs["v"], gates, chunk_size=16, initial_state=state)
             loss = sum((x.double() * torch.randn(x.shape, generator=generator).to(x.device)).sum() for x in final[:2])
             grads = torch.autograd.grad(loss, list(inputs.values()))
-            results.append({"memory": final[0], "normalizer": final[1]} | {f"d {n}": g for n, g in zip(inputs, grads, strict=True)})
+            results.append(
+                {"memory": final[0], "normalizer": final[1]} | {f"d {n}": g for n, g in zip(inputs, grads, strict=True)}
+            )
         expected, got = results
         errors = {n: float((got[n].cpu().double() - x.cpu()).norm() / x.norm()) for n, x in expected.items()}
         wrong += [f"state {d}x{e}, {name}: {x:.1e}" for name, x in errors.items() if not x <= TOLERANCES[dtype]]

@@ -107,8 +107,9 @@ class PowerRetentionMixer(nn.Module):
         return rotate(q, cos, sin), rotate(k, cos, sin)
 
     def log_gates(self, x: Tensor) -> Tensor:
-        """``[B, T, H]`` in float32."""
-        return F.logsigmoid(self.g_proj(x).float())
+        """``[B, T, H]`` in float32 (float64 in a float64 model)."""
+        gates: Tensor = self.g_proj(x)
+        return F.logsigmoid(gates.to(torch.promote_types(gates.dtype, torch.float32)))
 
     def forward(
         self,

@@ -1,0 +1,220 @@
+"""Ranks that share a sequence, and ranks that shard the parameters: outputs and gradients are those of one rank."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import in_ranks
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from power_retention.errors import ArgumentError
+from power_retention.layers.scan import ContextParallel
+from power_retention.models import PowerRetentionForCausalLM
+from power_retention.models.sizes import state_bytes
+from power_retention.training.context import bytes_received, share_context, sum_gradients, sum_when_sharded
+from power_retention.training.losses import next_token_loss
+from power_retention.training.segments import backward_in_segments, next_tokens, share_of_rank
+from tiny_models import VARIANTS, tiny_model, tokens
+
+TOKENS = 48
+CASES: dict[str, tuple[int, ...]] = {
+    "one document": (48,),
+    "a border at a rank's edge": (24, 24),
+    "documents across ranks": (5, 30, 13),
+    "more documents than ranks": (1, 2, 10, 20, 3, 12),
+    "a rank in the middle of a document": (3, 40, 5),
+}
+VARIANT_NAMES = ("llama", "qwen3, wide heads", "p = 4", "bare gates")
+
+
+def model_of(variant: str = "llama") -> PowerRetentionForCausalLM:
+    return tiny_model(**VARIANTS[variant]).double().train()
+
+
+def borders(lengths: tuple[int, ...]) -> Tensor | None:
+    return None if len(lengths) == 1 else torch.tensor([0, *lengths]).cumsum(0)
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    grads = {}
+    for name, p in model.named_parameters():
+        assert p.grad is not None, name
+        grads[name] = p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
+    return grads
+
+
+def worst(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
+    assert got.keys() == wanted.keys()
+    return max(float((got[name] - x).norm() / x.norm()) for name, x in wanted.items())
+
+
+def reference(
+    variant: str, rows: Tensor, cu_seqlens: Tensor | None, labels: Tensor | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Last hidden states and gradients of one rank that has everything, in one piece."""
+    model, labels = model_of(variant), next_tokens(rows, cu_seqlens) if labels is None else labels
+    hidden = model.model(rows, cu_seqlens=cu_seqlens, use_cache=False).last_hidden_state
+    next_token_loss(hidden, model.lm_head, labels, float((labels >= 0).sum())).backward()
+    return hidden.detach(), gradients(model)
+
+
+def sharing(lengths: tuple[int, ...], variant: str, batch: int) -> dict[str, float]:
+    """One call on all ranks, without any segments."""
+    rows, cu_seqlens = tokens(batch, TOKENS), borders(lengths)
+    hidden, wanted = reference(variant, rows, cu_seqlens)
+    labels = next_tokens(rows, cu_seqlens)
+    model = model_of(variant)
+    context = share_context(model, dist.group.WORLD)
+    span = slice(context.rank * TOKENS // context.size, (context.rank + 1) * TOKENS // context.size)
+    got = model.model(rows[:, span], cu_seqlens=cu_seqlens, use_cache=False).last_hidden_state
+    forward = context.traffic.received_bytes
+    next_token_loss(got, model.lm_head, labels[:, span], float((labels >= 0).sum())).backward()
+    sum_gradients(model, context)
+    return {
+        "hidden": float((got.detach() - hidden[:, span]).norm() / hidden[:, span].norm()),
+        "gradients": worst(gradients(model), wanted),
+        "bytes forward": forward - bytes_received(model.config, context.size, sequences=batch, wide=True),
+        "bytes backward": context.traffic.received_bytes
+        - forward
+        - (context.size - 1) * batch * 2 * state_bytes(model.config, ring=0),
+    }
+
+
+def in_segments(lengths: tuple[int, ...], segment: int, checkpointed: bool, unlabelled: int = 0) -> dict[str, float]:
+    """On all ranks; ``unlabelled`` tokens at the beginning leave the first ranks nothing to learn."""
+    rows, cu_seqlens = tokens(1, TOKENS), borders(lengths)
+    labels = next_tokens(rows, cu_seqlens)
+    labels[:, :unlabelled] = -100
+    _, wanted = reference("llama", rows, cu_seqlens, labels)
+    model = model_of()
+    if checkpointed:
+        model.activation_checkpointing_enable()
+    context = share_context(model, dist.group.WORLD)
+    mine = [share_of_rank(x, segment, context) for x in (rows, labels)]
+    backward_in_segments(model, *mine, segment=segment, cu_seqlens=cu_seqlens)
+    sum_gradients(model, context)
+    return {"gradients": worst(gradients(model), wanted)}
+
+
+def shard(model: nn.Module, mesh: Any, **options: Any) -> None:
+    """FSDP2 as one uses it: every layer by itself, then the rest."""
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh, **options)
+    fully_shard(model, mesh=mesh, **options)
+
+
+def sharded_and_shared() -> dict[str, float]:
+    """Parameters and sequences over the same ranks, in segments."""
+    rows, cu_seqlens = tokens(1, TOKENS), borders((5, 30, 13))
+    _, wanted = reference("llama", rows, cu_seqlens)
+    model = model_of()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("cp",))
+    context = share_context(model, mesh["cp"])
+    shard(model, mesh)
+    sum_when_sharded(model)
+    mine = [share_of_rank(x, 16, context) for x in (rows, next_tokens(rows, cu_seqlens))]
+    backward_in_segments(model, *mine, segment=16, cu_seqlens=cu_seqlens)
+    return {"gradients": worst(gradients(model), wanted)}
+
+
+def sharded(checkpointed: bool) -> dict[str, float]:
+    """Parameters sharded, each rank with a row of its own: the mean of the ranks' gradients."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    rows = tokens(size, TOKENS)
+    _, wanted = reference("llama", rows, None)
+    model = model_of()
+    if checkpointed:
+        model.activation_checkpointing_enable()
+    shard(model, init_device_mesh("cpu", (size,)))
+    own = rows[rank : rank + 1]
+    backward_in_segments(model, own, next_tokens(own), segment=16)
+    return {"gradients": worst(gradients(model), wanted)}
+
+
+def narrowed() -> str:
+    """What FSDP's casting of inputs comes to."""
+    model = model_of().float()
+    shard(model, init_device_mesh("cpu", (dist.get_world_size(),)), mp_policy=MixedPrecisionPolicy(torch.bfloat16))
+    try:
+        backward_in_segments(model, tokens(1, 32), tokens(1, 32), segment=16)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def everything() -> dict[str, dict[str, float] | str]:
+    """All checks in one start of the processes, which takes longer than they do."""
+    done: dict[str, dict[str, float] | str] = {}
+    for name, lengths in CASES.items():
+        done[name] = sharing(lengths, "llama", 1)
+        done[f"{name}, in segments"] = in_segments(lengths, 16, checkpointed=False)
+    for variant in VARIANT_NAMES:
+        done[f"{variant}, two rows"] = sharing((TOKENS,), variant, 2)
+    done["last segment shorter"] = in_segments((5, 30, 13), 20, checkpointed=False)
+    done["ranks with nothing to learn"] = in_segments((5, 30, 13), 48, checkpointed=False, unlabelled=30)
+    done["segments, checkpointed"] = in_segments((5, 30, 13), 16, checkpointed=True)
+    done["sharded and shared"] = sharded_and_shared()
+    done["sharded"] = sharded(checkpointed=False)
+    done["sharded, checkpointed"] = sharded(checkpointed=True)
+    done["narrowed"] = narrowed()
+    return done
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_give_what_one_gives(size: int) -> None:
+    for done in in_ranks(everything, size):
+        refused = done.pop("narrowed")
+        assert "StateError" in refused
+        assert "cast_forward_inputs=False" in refused
+        for name, errors in done.items():
+            for what, error in errors.items():
+                assert abs(error) < (1e-12 if "bytes" not in what else 1), (name, what, error)
+
+
+def test_what_cannot_be_shared_is_refused() -> None:
+    context = ContextParallelOf(4)
+    assert share_of_rank(torch.arange(16)[None], 8, context).tolist() == [[2, 3, 10, 11]]
+    for tokens_, segment in ((16, 6), (18, 8)):
+        with pytest.raises(ArgumentError, match="cannot be shared equally by 4 ranks"):
+            share_of_rank(torch.arange(tokens_)[None], segment, context)
+    with pytest.raises(ArgumentError, match="cu_seqlens ends at 12; 4 ranks with 4 tokens each hold 16"):
+        context.scan(4, (0, 5, 12), continued=False)
+
+
+@pytest.mark.parametrize("lengths", CASES.values())
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_ranks_know_what_crosses_them(lengths: tuple[int, ...], size: int) -> None:
+    """By the definition: token by token."""
+    own = TOKENS // size
+    document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).tolist()
+    everything = (0, *torch.tensor(lengths).cumsum(0).tolist())
+    scan = ContextParallelOf(size).scan(own, everything, continued=False)
+    for rank in range(size):
+        pieces = document[rank * own : (rank + 1) * own]
+        enters = rank > 0 and document[rank * own - 1] == pieces[0]
+        assert scan.enters[rank] == enters
+        assert scan.passes[rank] == (enters and len(set(pieces)) == 1)
+        local = ContextParallelOf(size, rank).borders(own, everything)
+        assert [pieces[a] for a, _ in pairwise(local)] == sorted(set(pieces))
+
+
+class ContextParallelOf(ContextParallel):
+    """Of so many ranks, without any."""
+
+    def __init__(self, size: int, rank: int = 1) -> None:
+        object.__setattr__(self, "_sizes", (size, rank))
+
+    @property
+    def size(self) -> int:
+        return self._sizes[0]
+
+    @property
+    def rank(self) -> int:
+        return self._sizes[1]

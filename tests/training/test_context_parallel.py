@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import in_ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -21,6 +20,7 @@ from power_retention.models.sizes import state_bytes
 from power_retention.training.context import bytes_received, share_context, sum_gradients, sum_when_sharded
 from power_retention.training.losses import next_token_loss
 from power_retention.training.segments import backward_in_segments, next_tokens, share_of_rank
+from ranks import in_ranks
 from tiny_models import VARIANTS, tiny_model, tokens
 
 TOKENS = 48

@@ -18,7 +18,7 @@ from power_retention.layers.scan import ContextParallel
 from power_retention.models import PowerRetentionForCausalLM
 from power_retention.models.sizes import state_bytes
 from power_retention.training.context import bytes_received, share_context, sum_gradients, sum_when_sharded
-from power_retention.training.losses import next_token_loss
+from power_retention.training.next_token import next_token_loss
 from power_retention.training.segments import backward_in_segments, next_tokens, share_of_rank
 from ranks import in_ranks
 from tiny_models import VARIANTS, tiny_model, tokens

@@ -182,7 +182,7 @@ class PowerRetentionModel(PowerRetentionPreTrainedModel):
             use_cache: make a cache if there is none.
             cu_seqlens: borders of sequences packed into one row (without a cache).
             cu_seq_lens_q: the same, as the library's collators call it.  Without either, position ids that start again within
-                a row, without a mask, say where its sequences begin.
+                a row, without a mask, say where its sequences begin (in a row that is no piece of something longer).
             document_starts: ``[B, T]``, True at tokens that begin a document.  Gates close there, so documents packed into the
                 rows of any batch do not see each other, at the cost of unpacked rows; a first token need not be marked.
             states: what every layer has read of the row's sequence before (of the first one, if several are packed): the
@@ -198,7 +198,8 @@ class PowerRetentionModel(PowerRetentionPreTrainedModel):
             raise ArgumentError("Give exactly one of input_ids and inputs_embeds.")
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cu_seqlens = cu_seq_lens_q if cu_seqlens is None else cu_seqlens
-        unmarked = cu_seqlens is None and document_starts is None and self.context_parallel is None
+        whole = states is None and not return_states and self.context_parallel is None
+        unmarked = cu_seqlens is None and document_starts is None and whole
         if unmarked and position_ids is not None and past_key_values is None and attention_mask is None:
             cu_seqlens = packed_borders(position_ids)
         if past_key_values is None and use_cache and cu_seqlens is None:
@@ -216,7 +217,7 @@ class PowerRetentionModel(PowerRetentionPreTrainedModel):
             positions = torch.arange(seen, seen + tokens, device=hidden_states.device).unsqueeze(0)
             position_ids = count_positions(positions, attention_mask, cu_seqlens, document_starts)
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
-        if self.context_parallel is not None or states is not None or return_states:
+        if not whole:
             if past_key_values is not None:
                 raise ArgumentError("States of pieces and a cache exclude each other; leave past_key_values to None.")
             return self._run_piece(

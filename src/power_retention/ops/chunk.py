@@ -28,7 +28,7 @@ from power_retention.ops.heads import (
     to_heads,
     values_and_ones,
 )
-from power_retention.ops.layout import expand, expand_backward, multiplicity, norm_functional
+from power_retention.ops.layout import expand, expand_backward, multiplicity, norm_functional, state_width
 
 _EMBEDDED_ELEMENTS = 1 << 20
 """Entries of φ formed at a time: enough rows for a matmul, few enough to stay in cache."""
@@ -112,6 +112,21 @@ def chunk_backward(
         if dlog_g is not None:
             dlog_g[:, start:end] = gate_gradient(grads.gate, dlog_g[:, start:end])
     return dq, dk, dv, dlog_g, d_state
+
+
+def workspace(q: Tensor, k: Tensor, v: Tensor, p: int, chunk_size: int, *, needs_state: bool, backward: bool) -> int:
+    """Bytes that a call holds at most besides its inputs and results; an estimate from shapes, as of one run."""
+    (batch, tokens, query_heads, d), (heads, e) = q.shape, v.shape[2:]
+    wide = compute_dtype(q.dtype).itemsize
+    size = min(chunk_size or tokens, tokens)
+    width = state_width(d, p) if needs_state or size < tokens else 0
+    state = batch * heads * width * (e + 1) * wide
+    embedded = min(max(64, _EMBEDDED_ELEMENTS // max(width, 1)), query_heads // heads * size) * width * wide
+    scores = batch * query_heads * size * size * wide
+    pieces = batch * size * (query_heads * (2 * d + e) + heads * (d + e)) * wide
+    if not backward:
+        return 3 * state + 2 * scores + batch * heads * size * size * wide + pieces + embedded
+    return (-(-tokens // size) + 4) * state + 4 * scores + 2 * pieces + 3 * embedded
 
 
 @dataclass

@@ -211,7 +211,8 @@ def check_heads(q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None, *, axes: 
             f"not {list(log_g.shape)} in {log_g.dtype}."
         )
     # A look at values: only where it costs no synchronisation and breaks no graph.
-    if log_g.device.type == "cpu" and not torch.compiler.is_compiling() and bool((log_g > 0).any()):
+    real = type(log_g) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+    if log_g.device.type == "cpu" and real and bool((log_g > 0).any()):
         raise ArgumentError(
             f"log_g holds a gate above zero ({float(log_g.max()):.4g}): gates are natural logarithms of factors ≤ 1, "
             "log_g = logsigmoid(x) for example."

@@ -1,4 +1,4 @@
-"""The next-token loss over a large vocabulary: rows without a label never meet it, and no more than a block of logits exists."""
+"""The next-token loss over a large vocabulary: only labelled rows meet it, and no more than a block of logits exists."""
 
 from __future__ import annotations
 

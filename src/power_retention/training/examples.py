@@ -138,8 +138,12 @@ def _conversation(
             raise
         raise DataError(f"{where} does not fit the chat template: {error}.") from error
     read = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    learned = [any(start < end and a <= start < b for a, b in spans) for start, end in read["offset_mapping"]]
-    return Example(np.asarray(read["input_ids"], np.int32), np.asarray(learned, np.bool_))
+    starts, ends = np.asarray(read["offset_mapping"], np.int64).reshape(-1, 2).T
+    learned = np.zeros(len(starts), np.bool_)
+    for a, b in spans:
+        # A token that joins the prompt's last space to the answer's first word is the answer's.
+        learned[np.searchsorted(ends, a, "right") : np.searchsorted(starts, b, "left")] = True
+    return Example(np.asarray(read["input_ids"], np.int32), learned)
 
 
 def _spans(

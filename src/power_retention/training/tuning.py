@@ -420,8 +420,8 @@ def empty_states(model: nn.Module, device: torch.device) -> list[PowerState]:
 
 
 def with_adapters(model: nn.Module, rank: int, alpha: float) -> nn.Module:
-    """The model with low-rank adapters on every projection of its mixers and MLPs, of which alone is trained; gates are
-    small, and trained as they are.
+    """The model with low-rank adapters on every projection of its mixers and MLPs, which alone are trained; gates are small,
+    and trained as they are.
 
     Raises:
         ArgumentError: PEFT is not installed.
@@ -431,9 +431,7 @@ def with_adapters(model: nn.Module, rank: int, alpha: float) -> nn.Module:
     except ImportError as error:
         raise ArgumentError('Adapters take PEFT: pip install "power-retention[neighbours]".') from error
     projections = r".*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|c_fc|c_proj)"
-    options: dict[str, Any] = {"r": rank, "lora_alpha": alpha, "target_modules": projections, "task_type": "CAUSAL_LM"}
+    options: dict[str, Any] = {"r": rank, "lora_alpha": alpha, "task_type": "CAUSAL_LM"}
+    options |= {"target_modules": projections, "modules_to_save": ["g_proj"]}
     wrapped: nn.Module = peft.get_peft_model(model, peft.LoraConfig(**options))
-    for name, parameter in wrapped.named_parameters():
-        if ".g_proj." in name or name.endswith(".k_bias"):
-            parameter.requires_grad_(True)
     return wrapped

@@ -121,7 +121,10 @@ class Bench:
         found: dict[str, Any] = {}
         for model in {row.model for row in self.rows}:
             ours = {r.tokens: r.tokens_per_second for r in self.rows if (r.model, r.kind) == (model, "ours")}
-            theirs = {r.tokens: r.tokens_per_second for r in self.rows if (r.model, r.kind) == (model, "transformer")}
+            finished = [
+                row for row in self.rows if (row.model, row.kind) == (model, "transformer") and row.tokens_per_second
+            ]
+            theirs = {row.tokens: row.tokens_per_second for row in finished}
             if not ours:
                 continue
             longest = max(ours)
@@ -253,21 +256,26 @@ def time_transformer(bench: Bench, shape: str, lengths: list[int], seconds: floa
         finish(model, optimizer)
 
     step(*document(model, 1, lengths[0], bench.device))
-    tokens, last = lengths[0], 0.0
+    tokens, checkpointed = lengths[0], shape in CHECKPOINTED
     while True:
         try:
             batch = document(model, 1, tokens, bench.device)
             used = measure_footprint(partial(step, *batch), bench.device)
         except torch.OutOfMemoryError:
-            bench.note(
-                Row(shape, "transformer", tokens, tokens, 1, math.inf, 0, math.inf, None, 0, math.nan, "out of memory")
-            )
-            return
-        last = used.seconds
-        peak = used.peak_bytes / 1e9 + held_gb(bench.device)
-        bench.note(Row(shape, "transformer", tokens, tokens, 1, last, tokens / last, peak, None, 0, loss))
+            optimizer.zero_grad(set_to_none=True)
+            clear()
+            note = "out of memory" + (", activations recomputed" if checkpointed else "")
+            bench.note(Row(shape, "transformer", tokens, tokens, 1, math.inf, 0, math.inf, None, 0, math.nan, note))
+            if checkpointed:
+                return
+            model.activation_checkpointing_enable()
+            checkpointed = True
+            continue
+        peak, note = used.peak_bytes / 1e9 + held_gb(bench.device), "activations recomputed" if checkpointed else ""
+        rate = tokens / used.seconds
+        bench.note(Row(shape, "transformer", tokens, tokens, 1, used.seconds, rate, peak, None, 0, loss, note))
         longer = next((length for length in lengths if length > tokens), 2 * tokens)
-        expected = last * (longer / tokens) ** 2
+        expected = used.seconds * (longer / tokens) ** 2
         if longer > 1 << 20 or expected > min(seconds, bench.left):
             print(f"{shape:5} transformer  {longer:,} tokens would take up to {expected:.0f} s: not run", flush=True)
             return
@@ -324,7 +332,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=5.0, help="nothing new is begun after that")
     parser.add_argument("--compile", action="store_true", help="compile norms and MLPs, in both kinds of model")
     parser.add_argument(
-        "--transformer-seconds", type=float, default=40.0, help="longest step of the Transformer to try"
+        "--transformer-seconds", type=float, default=60.0, help="longest step of the Transformer to try"
     )
     arguments = parser.parse_args()
     segment = 32 if arguments.quick else arguments.segment

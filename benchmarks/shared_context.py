@@ -81,7 +81,7 @@ def measure(device: torch.device, quick: bool) -> dict[str, Any]:
     got = gradients(model)
     # Half of the exchanges gather states, the others decays, which are all but nothing.
     one = torch.zeros(received // max(exchanges, 1) * 2 // max(ranks - 1, 1) // 4, device=device)
-    seconds_exchange = timed(lambda: [context.gather(one) for _ in range(exchanges // 2)], device)
+    seconds_exchange = timed(lambda: [context.begin_gather(one).wait() for _ in range(exchanges // 2)], device)
     trunk_of(model).context_parallel = None
     return {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",

@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -65,13 +64,13 @@ def reference(
     return hidden.detach(), gradients(model)
 
 
-def sharing(lengths: tuple[int, ...], variant: str, batch: int) -> dict[str, float]:
+def sharing(ranks: DeviceMesh, lengths: tuple[int, ...], variant: str, batch: int) -> dict[str, float]:
     """One call on all ranks, without any segments."""
     rows, cu_seqlens = tokens(batch, TOKENS), borders(lengths)
     hidden, wanted = reference(variant, rows, cu_seqlens)
     labels = next_tokens(rows, cu_seqlens)
     model = model_of(variant)
-    context = share_context(model, dist.group.WORLD)
+    context = share_context(model, ranks)
     span = slice(context.rank * TOKENS // context.size, (context.rank + 1) * TOKENS // context.size)
     got = model.model(rows[:, span], cu_seqlens=cu_seqlens, use_cache=False).last_hidden_state
     forward = context.traffic.received_bytes
@@ -87,7 +86,9 @@ def sharing(lengths: tuple[int, ...], variant: str, batch: int) -> dict[str, flo
     }
 
 
-def in_segments(lengths: tuple[int, ...], segment: int, checkpointed: bool, unlabelled: int = 0) -> dict[str, float]:
+def in_segments(
+    ranks: DeviceMesh, lengths: tuple[int, ...], segment: int, checkpointed: bool, unlabelled: int = 0
+) -> dict[str, float]:
     """On all ranks; ``unlabelled`` tokens at the beginning leave the first ranks nothing to learn."""
     rows, cu_seqlens = tokens(1, TOKENS), borders(lengths)
     labels = next_tokens(rows, cu_seqlens)
@@ -96,7 +97,7 @@ def in_segments(lengths: tuple[int, ...], segment: int, checkpointed: bool, unla
     model = model_of()
     if checkpointed:
         model.activation_checkpointing_enable()
-    context = share_context(model, dist.group.WORLD)
+    context = share_context(model, ranks)
     mine = [share_of_rank(x, segment, context) for x in (rows, labels)]
     backward_in_segments(model, *mine, segment=segment, cu_seqlens=cu_seqlens)
     sum_gradients(model, context)
@@ -110,38 +111,37 @@ def shard(model: nn.Module, mesh: Any, **options: Any) -> None:
     fully_shard(model, mesh=mesh, **options)
 
 
-def sharded_and_shared() -> dict[str, float]:
+def sharded_and_shared(ranks: DeviceMesh) -> dict[str, float]:
     """Parameters and sequences over the same ranks, in segments."""
     rows, cu_seqlens = tokens(1, TOKENS), borders((5, 30, 13))
     _, wanted = reference("llama", rows, cu_seqlens)
     model = model_of()
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("cp",))
-    context = share_context(model, mesh["cp"])
-    shard(model, mesh)
+    context = share_context(model, ranks)
+    shard(model, ranks)
     sum_when_sharded(model)
     mine = [share_of_rank(x, 16, context) for x in (rows, next_tokens(rows, cu_seqlens))]
     backward_in_segments(model, *mine, segment=16, cu_seqlens=cu_seqlens)
     return {"gradients": worst(gradients(model), wanted)}
 
 
-def sharded(checkpointed: bool) -> dict[str, float]:
+def sharded(ranks: DeviceMesh, checkpointed: bool) -> dict[str, float]:
     """Parameters sharded, each rank with a row of its own: the mean of the ranks' gradients."""
-    rank, size = dist.get_rank(), dist.get_world_size()
+    rank, size = ranks.get_local_rank(), ranks.size()
     rows = tokens(size, TOKENS)
     _, wanted = reference("llama", rows, None)
     model = model_of()
     if checkpointed:
         model.activation_checkpointing_enable()
-    shard(model, init_device_mesh("cpu", (size,)))
+    shard(model, ranks)
     own = rows[rank : rank + 1]
     backward_in_segments(model, own, next_tokens(own), segment=16)
     return {"gradients": worst(gradients(model), wanted)}
 
 
-def narrowed() -> str:
+def narrowed(ranks: DeviceMesh) -> str:
     """What FSDP's casting of inputs comes to."""
     model = model_of().float()
-    shard(model, init_device_mesh("cpu", (dist.get_world_size(),)), mp_policy=MixedPrecisionPolicy(torch.bfloat16))
+    shard(model, ranks, mp_policy=MixedPrecisionPolicy(torch.bfloat16))
     try:
         backward_in_segments(model, tokens(1, 32), tokens(1, 32), segment=16)
     except Exception as error:
@@ -149,33 +149,47 @@ def narrowed() -> str:
     return "nothing"
 
 
-def everything() -> dict[str, dict[str, float] | str]:
-    """All checks in one start of the processes, which takes longer than they do."""
-    done: dict[str, dict[str, float] | str] = {}
+def essentials(ranks: DeviceMesh) -> dict[str, dict[str, float]]:
+    """Documents that cross ranks, by themselves, in segments, and with sharded parameters."""
+    return {
+        "documents across ranks": sharing(ranks, CASES["documents across ranks"], "llama", 1),
+        "more documents than ranks": sharing(ranks, CASES["more documents than ranks"], "llama", 1),
+        "in segments": in_segments(ranks, (5, 30, 13), 16, checkpointed=False),
+        "sharded and shared": sharded_and_shared(ranks),
+    }
+
+
+def everything(ranks: DeviceMesh) -> dict[str, dict[str, float]]:
+    """All checks among some ranks."""
+    done = essentials(ranks)
     for name, lengths in CASES.items():
-        done[name] = sharing(lengths, "llama", 1)
-        done[f"{name}, in segments"] = in_segments(lengths, 16, checkpointed=False)
+        done[name] = sharing(ranks, lengths, "llama", 1)
     for variant in VARIANT_NAMES:
-        done[f"{variant}, two rows"] = sharing((TOKENS,), variant, 2)
-    done["last segment shorter"] = in_segments((5, 30, 13), 20, checkpointed=False)
-    done["ranks with nothing to learn"] = in_segments((5, 30, 13), 48, checkpointed=False, unlabelled=30)
-    done["segments, checkpointed"] = in_segments((5, 30, 13), 16, checkpointed=True)
-    done["sharded and shared"] = sharded_and_shared()
-    done["sharded"] = sharded(checkpointed=False)
-    done["sharded, checkpointed"] = sharded(checkpointed=True)
-    done["narrowed"] = narrowed()
+        done[f"{variant}, two rows"] = sharing(ranks, (TOKENS,), variant, 2)
+    done["a border at a segment's and a rank's edge"] = in_segments(ranks, (24, 24), 24, checkpointed=False)
+    done["last segment shorter"] = in_segments(ranks, (5, 30, 13), 20, checkpointed=False)
+    done["ranks with nothing to learn"] = in_segments(ranks, (5, 30, 13), 48, checkpointed=False, unlabelled=30)
+    done["segments, checkpointed"] = in_segments(ranks, (5, 30, 13), 16, checkpointed=True)
+    done["sharded"] = sharded(ranks, checkpointed=False)
+    done["sharded, checkpointed"] = sharded(ranks, checkpointed=True)
     return done
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_ranks_give_what_one_gives(size: int) -> None:
-    for done in in_ranks(everything, size):
-        refused = done.pop("narrowed")
+def of_two_and_four() -> tuple[list[dict[str, dict[str, float]]], str]:
+    """In one start of the processes, which takes longer than the checks: first two pairs beside each other, then all four."""
+    pair = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pair", "cp"))["cp"]
+    four = init_device_mesh("cpu", (4,), mesh_dim_names=("cp",))
+    return [everything(pair), essentials(four)], narrowed(pair)
+
+
+def test_two_and_four_ranks_give_what_one_gives() -> None:
+    for checks, refused in in_ranks(of_two_and_four, 4):
         assert "StateError" in refused
         assert "cast_forward_inputs=False" in refused
-        for name, errors in done.items():
-            for what, error in errors.items():
-                assert abs(error) < (1e-12 if "bytes" not in what else 1), (name, what, error)
+        for done in checks:
+            for name, errors in done.items():
+                for what, error in errors.items():
+                    assert abs(error) < (1e-12 if "bytes" not in what else 1), (name, what, error)
 
 
 def test_what_cannot_be_shared_is_refused() -> None:

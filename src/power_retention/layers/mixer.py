@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from power_retention.errors import ArgumentError
-from power_retention.layers.pieces import Piece, retain_piece
+from power_retention.layers.pieces import Piece, begin_exchange, retain_piece
 from power_retention.layers.softmax import softmax_attention
 from power_retention.ops import PowerState, power_retention
 from power_retention.ops.heads import FORGET
@@ -99,12 +99,15 @@ class PowerRetentionMixer(nn.Module):
 
     def queries_and_keys(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Normed and rotated queries ``[B, T, Hq, d]`` and keys ``[B, T, H, d]``, before the key bias."""
-        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))
-        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))
-        if self.q_norm is not None and self.k_norm is not None:
-            # Under autocast the projections are narrower than the norms' weights.
-            q, k = self.q_norm(q.to(self.q_norm.weight.dtype)), self.k_norm(k.to(self.k_norm.weight.dtype))
-        return rotate(q, cos, sin), rotate(k, cos, sin)
+        return self.queries(x, cos, sin), self.keys(x, cos, sin)
+
+    def queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Normed and rotated, ``[B, T, Hq, d]``."""
+        return rotate(_normed(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), self.q_norm), cos, sin)
+
+    def keys(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Normed and rotated, ``[B, T, H, d]``, before the key bias."""
+        return rotate(_normed(self.k_proj(x).unflatten(-1, (-1, self.head_dim)), self.k_norm), cos, sin)
 
     def log_gates(self, x: Tensor) -> Tensor:
         """``[B, T, H]`` in float32 (float64 in a float64 model)."""
@@ -138,13 +141,18 @@ class PowerRetentionMixer(nn.Module):
         Returns:
             ``[B, T, hidden]``, and, where attention would return its weights, the state that leaves a piece, else None.
         """
-        q, k = self.queries_and_keys(x, *position_embeddings)
+        k = self.keys(x, *position_embeddings)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
         if self.k_bias is not None:
             k = k + self.k_bias.to(k.dtype)
-        q, k, log_g = q.to(v.dtype), k.to(v.dtype), self.log_gates(x)
+        k, log_g = k.to(v.dtype), self.log_gates(x)
         if starts is not None:
             log_g = log_g.masked_fill(starts[..., None], FORGET)
+        exchange = None
+        if piece is not None and not self.softmax:
+            # Before the queries: the other ranks' states come in while these are made.
+            exchange = begin_exchange(k, v, log_g, piece, state, p=self.p)
+        q = self.queries(x, *position_embeddings).to(v.dtype)
         leaving: PowerState | None = None
         if self.softmax:
             if memory is not None or piece is not None:
@@ -157,7 +165,8 @@ class PowerRetentionMixer(nn.Module):
         elif memory is not None:
             y = memory.read(q, k, v, log_g, p=self.p, mask=mask, chunk_size=self.chunk_size)
         elif piece is not None:
-            y, leaving = retain_piece(q, k, v, log_g, piece, state, p=self.p, chunk_size=self.chunk_size, mask=mask)
+            sizes = {"p": self.p, "chunk_size": self.chunk_size}
+            y, leaving = retain_piece(q, k, v, log_g, piece, state, **sizes, mask=mask, exchange=exchange)  # type: ignore[arg-type]
         else:
             out = power_retention(
                 q, k, v, log_g, p=self.p, chunk_size=self.chunk_size, cu_seqlens=cu_seqlens, mask=mask
@@ -165,6 +174,11 @@ class PowerRetentionMixer(nn.Module):
             assert isinstance(out, Tensor)
             y = out
         return self.o_proj(y.flatten(-2)), leaving
+
+
+def _normed(x: Tensor, norm: nn.RMSNorm | None) -> Tensor:
+    """Under autocast the projections are narrower than the norms' weights."""
+    return x if norm is None else norm(x.to(norm.weight.dtype))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from power_retention.errors import ArgumentError, StateError
-from power_retention.layers.scan import ContextParallel, StateScan
+from power_retention.layers.scan import ContextParallel, Exchange, StateScan
 from power_retention.ops import PowerState, power_retention, power_retention_state
 
 
@@ -64,6 +64,17 @@ class Piece:
         ]
 
 
+def begin_exchange(
+    k: Tensor, v: Tensor, log_g: Tensor, piece: Piece, state: PowerState | None, *, p: int
+) -> Exchange | None:
+    """Send what this rank's piece leaves of itself to the other ranks; None where there are none.  Arguments as below."""
+    if piece.scan is None:
+        return None
+    _check_dtype(state)
+    own = power_retention_state(*(x[:, piece.last] for x in (k, v, log_g)), p=p)
+    return piece.scan.begin(own, log_g.double().sum(1), state)
+
+
 def retain_piece(
     q: Tensor,
     k: Tensor,
@@ -75,6 +86,7 @@ def retain_piece(
     p: int,
     chunk_size: int | None = None,
     mask: Tensor | None = None,
+    exchange: Exchange | None = None,
 ) -> tuple[Tensor, PowerState | None]:
     """:func:`power_retention.power_retention` on a piece, with one state in and one out whatever is packed into it.
 
@@ -82,24 +94,27 @@ def retain_piece(
         q, k, v, log_g, p, chunk_size, mask: as there.
         piece: where sequences begin and end, and what is wanted.
         state: what the first sequence has read before, float32 (float64 for float64 inputs); None for nothing.
+        exchange: with the other ranks, begun before.
 
     Returns:
         y ``[B, T, Hq, e]``, and the last sequence's state where the piece asks for it.
     """
+    if exchange is None:
+        _check_dtype(state)
+        return _by_parts(q, k, v, log_g, piece, state, piece.returns_state, p, chunk_size, mask)
+    if mask is not None:
+        raise ArgumentError("A mask came with context parallelism; pack sequences with cu_seqlens instead of padding.")
+    entering, leaving = exchange.finish()
+    y, _ = _by_parts(q, k, v, log_g, piece, entering, False, p, chunk_size, None)
+    return y, leaving if piece.returns_state else None
+
+
+def _check_dtype(state: PowerState | None) -> None:
     if state is not None and state.memory.dtype.itemsize < 4:
         raise StateError(
             f"A state came in {state.memory.dtype}; float32 was expected. If FSDP narrows a layer's inputs, shard with "
             "MixedPrecisionPolicy(cast_forward_inputs=False)."
         )
-    if piece.scan is not None:
-        if mask is not None:
-            raise ArgumentError(
-                "A mask came with context parallelism; pack sequences with cu_seqlens instead of padding."
-            )
-        state, leaving = _exchange(k, v, log_g, piece, piece.scan, state, p)
-        outputs, _ = _by_parts(q, k, v, log_g, piece, state, False, p, chunk_size, None)
-        return outputs, leaving
-    return _by_parts(q, k, v, log_g, piece, state, piece.returns_state, p, chunk_size, mask)
 
 
 def _by_parts(
@@ -132,13 +147,3 @@ def _by_parts(
         y, leaving = out if isinstance(out, tuple) else (out, None)
         outputs.append(y)
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1), leaving
-
-
-def _exchange(
-    k: Tensor, v: Tensor, log_g: Tensor, piece: Piece, scan: StateScan, state: PowerState | None, p: int
-) -> tuple[PowerState, PowerState | None]:
-    """What enters this rank's piece, and the state after the last rank's if it is wanted."""
-    keys, values, gates = (x[:, piece.last] for x in (k, v, log_g))
-    own = power_retention_state(keys, values, gates, p=p)
-    entering, leaving = scan.exchange(own, log_g.double().sum(1), state)
-    return entering, leaving if piece.returns_state else None

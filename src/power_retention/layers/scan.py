@@ -34,6 +34,20 @@ class Traffic:
 
 
 @dataclass(frozen=True)
+class _Gathering:
+    """A collective call under way; what was sent must live as long."""
+
+    out: Tensor
+    sent: Tensor
+    work: Any
+
+    def wait(self) -> Tensor:
+        """What all ranks sent."""
+        self.work.wait()
+        return self.out
+
+
+@dataclass(frozen=True)
 class ContextParallel:
     """The ranks that share sequences.
 
@@ -80,13 +94,13 @@ class ContextParallel:
         inside = tuple(border - start for border in borders if start < border < start + tokens)
         return (0, *inside, tokens)
 
-    def gather(self, x: Tensor) -> Tensor:
-        """``[...]`` of each rank → ``[ranks, ...]``."""
-        out = x.new_empty(self.size, *x.shape)
-        dist.all_gather(list(out.unbind()), x.contiguous(), group=self.group)
+    def begin_gather(self, x: Tensor) -> _Gathering:
+        """Begin to bring ``[...]`` of each rank together as ``[ranks, ...]``."""
+        out, x = x.new_empty(self.size, *x.shape), x.contiguous()
+        work = dist.all_gather(list(out.unbind()), x, group=self.group, async_op=True)
         self.traffic.received_bytes += (self.size - 1) * x.nbytes
         self.traffic.exchanges += 1
-        return out
+        return _Gathering(out, x, work)
 
 
 @dataclass(frozen=True)
@@ -103,11 +117,8 @@ class StateScan:
     enters: tuple[bool, ...]
     passes: tuple[bool, ...]
 
-    def exchange(self, own: PowerState, log_decay: Tensor, state: PowerState | None) -> tuple[PowerState, PowerState]:
-        """What enters this rank's piece, and what leaves the last rank's.
-
-        Both are differentiable; the gradients of ``state`` and of what leaves the last rank are those of the whole
-        sequence, the same on every rank.
+    def begin(self, own: PowerState, log_decay: Tensor, state: PowerState | None) -> Exchange:
+        """Send this rank's part on its way; what is computed before :meth:`Exchange.finish` is not waited for.
 
         Args:
             own: the state that this piece's last sequence leaves of itself.
@@ -115,46 +126,71 @@ class StateScan:
             state: what enters the first rank's piece, the same on every rank; None for nothing.
         """
         joined = torch.cat((own.memory, own.normalizer.unsqueeze(-1)), -1)
-        first = (
-            None if state is None else torch.cat((state.memory, state.normalizer.unsqueeze(-1)), -1).to(joined.dtype)
-        )
-        entering, leaving = _Exchange.apply(joined, log_decay, first, self)
-        return tuple(  # type: ignore[return-value]
-            own._replace(memory=x[..., :-1].contiguous(), normalizer=x[..., -1].contiguous())
-            for x in (entering, leaving)
-        )
+        first = None
+        if state is not None:
+            first = torch.cat((state.memory, state.normalizer.unsqueeze(-1)), -1).to(joined.dtype)
+        flight = _Flight(self)
+        return Exchange(own, flight, *_Begin.apply(flight, joined, log_decay, first))
 
 
-class _Exchange(torch.autograd.Function):
+@dataclass(frozen=True)
+class Exchange:
+    """States under way between the ranks; the tensors are what was sent, as the backward pass knows it."""
+
+    own: PowerState
+    flight: _Flight
+    joined: Tensor
+    log_decay: Tensor
+    first: Tensor | None
+
+    def finish(self) -> tuple[PowerState, PowerState]:
+        """What enters this rank's piece, and what leaves the last rank's.
+
+        Both are differentiable; the gradients of the state given and of what leaves the last rank are those of the whole
+        sequence, the same on every rank.
+        """
+        entering, leaving = (
+            self.own._replace(memory=x[..., :-1].contiguous(), normalizer=x[..., -1].contiguous())
+            for x in _Finish.apply(self.flight, self.joined, self.log_decay, self.first)
+        )
+        return entering, leaving
+
+
+class _Flight:
+    """What the two halves of an exchange share, and the collective calls that are under way."""
+
+    def __init__(self, scan: StateScan) -> None:
+        self.scan = scan
+        self.forward: list[_Gathering] = []
+        self.backward: _Gathering | None = None
+        self.saved: tuple[Tensor, Tensor, Tensor] | None = None
+
+
+class _Begin(torch.autograd.Function):
+    """Gathers are begun; in backward, what was begun by :class:`_Finish` is waited for and combined."""
+
     @staticmethod
     def forward(
-        ctx: Any, own: Tensor, log_decay: Tensor, first: Tensor | None, scan: StateScan
-    ) -> tuple[Tensor, Tensor]:
-        context = scan.context
-        states, decays = context.gather(own), context.gather(log_decay.exp())
-        state = torch.zeros_like(own) if first is None else first.clone()
-        entering = state
-        for rank in range(context.size):
-            if not scan.enters[rank]:
-                state = torch.zeros_like(own)
-            if rank == context.rank:
-                entering = state
-            passed = decays[rank, ..., None, None].to(own.dtype) * state if scan.passes[rank] else 0
-            state = passed + states[rank]
-        ctx.save_for_backward(entering, decays)
-        ctx.scan, ctx.has_first = scan, first is not None
-        return entering.clone(), state
+        ctx: Any, flight: _Flight, own: Tensor, log_decay: Tensor, first: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        ctx.flight = flight
+        flight.forward = [flight.scan.context.begin_gather(x) for x in (own, log_decay.exp())]
+        return own.view_as(own), log_decay.view_as(log_decay), None if first is None else first.view_as(first)
 
     @staticmethod
-    def backward(ctx: Any, d_entering: Tensor, d_leaving: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        scan: StateScan = ctx.scan
-        context = scan.context
-        entering, decays = ctx.saved_tensors
-        gradients = context.gather(d_entering)
-        adjoint = d_leaving  # of what leaves the rank at hand, seen by everything behind it
+    def backward(ctx: Any, *unread: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        flight: _Flight = ctx.flight
+        scan = flight.scan
+        assert flight.backward is not None
+        assert flight.saved is not None
+        entering, decays, adjoint = (
+            flight.saved
+        )  # the last: of what leaves the rank at hand, seen by everything behind it
+        gradients = flight.backward.wait()
+        flight.backward = flight.saved = None
         d_own = d_decay = None
-        for rank in reversed(range(context.size)):
-            if rank == context.rank:
+        for rank in reversed(range(scan.context.size)):
+            if rank == scan.context.rank:
                 d_own = adjoint
                 inner = (adjoint * entering).double().sum((-1, -2)) * decays[rank]
                 d_decay = inner if scan.passes[rank] else torch.zeros_like(inner)
@@ -162,4 +198,40 @@ class _Exchange(torch.autograd.Function):
             adjoint = gradients[rank] + passed
             if not scan.enters[rank]:
                 adjoint = torch.zeros_like(adjoint)
-        return d_own, d_decay, adjoint if ctx.has_first else None, None
+        return None, d_own, d_decay, adjoint if ctx.needs_input_grad[3] else None
+
+
+class _Finish(torch.autograd.Function):
+    """What was gathered is waited for and combined; in backward, the gather of the adjoints is begun."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, flight: _Flight, own: Tensor, log_decay: Tensor, first: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        scan = flight.scan
+        states, decays = (gathering.wait() for gathering in flight.forward)
+        flight.forward = []
+        state = torch.zeros_like(own) if first is None else first.clone()
+        entering = state
+        for rank in range(scan.context.size):
+            if not scan.enters[rank]:
+                state = torch.zeros_like(own)
+            if rank == scan.context.rank:
+                entering = state
+            passed = decays[rank, ..., None, None].to(own.dtype) * state if scan.passes[rank] else 0
+            state = passed + states[rank]
+        ctx.flight = flight
+        ctx.save_for_backward(entering, decays)
+        return entering.clone(), state
+
+    @staticmethod
+    def backward(ctx: Any, d_entering: Tensor, d_leaving: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        flight: _Flight = ctx.flight
+        entering, decays = ctx.saved_tensors
+        flight.saved = entering, decays, d_leaving
+        flight.backward = flight.scan.context.begin_gather(d_entering)
+        # The real gradients are made by _Begin, once the adjoints of all ranks are here; what lies between the two in the
+        # forward pass is gone back through meanwhile.
+        given = (d_entering.new_zeros(()).expand_as(d_entering), decays.new_zeros(()).expand_as(decays[0]))
+        wanted = zip((*given, given[0]), ctx.needs_input_grad[1:], strict=True)
+        return None, *(x if needed else None for x, needed in wanted)

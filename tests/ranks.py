@@ -16,10 +16,10 @@ import torch.distributed as dist
 
 def in_ranks(function: Callable[..., Any], size: int, *arguments: Any) -> list[Any]:
     """Results of ``function(*arguments)`` on each of ``size`` ranks; everything must be importable by name."""
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        ProcessPoolExecutor(size, mp_context=multiprocessing.get_context("spawn")) as pool,
-    ):
+    # One process imports what takes seconds, the ranks are its forks.
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload(["power_retention.training.context", "torch.distributed.fsdp"])
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(size, mp_context=forks) as pool:
         calls = [pool.submit(_rank, rank, size, Path(folder) / "store", function, arguments) for rank in range(size)]
         return [call.result(timeout=300) for call in calls]
 

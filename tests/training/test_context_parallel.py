@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from worlds import in_ranks
 
 from power_retention.errors import ArgumentError
 from power_retention.layers.scan import ContextParallel
@@ -18,8 +19,8 @@ from power_retention.models import PowerRetentionForCausalLM
 from power_retention.models.sizes import state_bytes
 from power_retention.training.context import bytes_received, share_context, sum_gradients, sum_when_sharded
 from power_retention.training.next_token import next_token_loss
+from power_retention.training.parallel import Ranks
 from power_retention.training.segments import backward_in_segments, next_tokens, share_of_rank
-from ranks import in_ranks
 from tiny_models import VARIANTS, tiny_model, tokens
 
 TOKENS = 48
@@ -175,7 +176,7 @@ def everything(ranks: DeviceMesh) -> dict[str, dict[str, float]]:
     return done
 
 
-def of_two_and_four() -> tuple[list[dict[str, dict[str, float]]], str]:
+def of_two_and_four(everyone: Ranks) -> tuple[list[dict[str, dict[str, float]]], str]:
     """In one start of the processes, which takes longer than the checks: first two pairs beside each other, then all four."""
     pair = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pair", "cp"))["cp"]
     four = init_device_mesh("cpu", (4,), mesh_dim_names=("cp",))

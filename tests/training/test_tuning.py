@@ -44,6 +44,10 @@ CURRICULUM = TuningRecipe(
 )
 
 
+def rows(tuning: Tuning) -> list[list[Span]]:
+    return [tuning.row(step) for step in range(tuning.recipe.steps)]
+
+
 def weights(tuning: Tuning) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in tuning.student.named_parameters()}
 
@@ -124,7 +128,7 @@ class TestCurriculum:
 class TestSteps:
     def test_only_what_is_to_be_learned_has_a_label(self) -> None:
         tuning = Tuning(tiny_model(), EXAMPLES, CURRICULUM)
-        for row in tuning.plan:
+        for row in rows(tuning):
             ids, labels, borders = tuning.read(row)
             for span, start in zip(row, borders[:-1].tolist(), strict=True):
                 one = EXAMPLES[span.example]
@@ -140,7 +144,7 @@ class TestSteps:
         tuning = Tuning(tiny_model().double(), EXAMPLES, recipe)
         summed = sum(m["loss"] * m["labelled"] for m in map(tuning.step, range(6)))
         read: dict[int, int] = {}
-        for span in (span for row in tuning.plan for span in row):
+        for span in (span for row in rows(tuning) for span in row):
             assert span.start == read.get(span.example, 0)
             read[span.example] = span.stop
         model, alone = tiny_model().double(), 0.0
@@ -149,6 +153,17 @@ class TestSteps:
             done = backward_in_segments(model, ids, labels, segment=1000)
             alone += float(done.loss) * done.labelled
         assert summed == pytest.approx(alone, rel=1e-12)
+
+    def test_data_that_are_left_out(self) -> None:
+        """A run that goes back reads what comes next, and does not go on in a document from another one's states."""
+        phase = TuningPhase(3, 40, segment=16, bptt="truncated", carry=True)
+        tuning = Tuning(tiny_model(), EXAMPLES, TuningRecipe((phase,)))
+        longer = Tuning(tiny_model(), EXAMPLES, TuningRecipe((replace(phase, steps=9),)))
+        tuning.step(0)
+        assert tuning.student.stopped_at(tuning.row(1)[0])
+        tuning.data_shift = 4
+        assert rows(tuning) == rows(longer)[4:7]
+        assert not tuning.student.stopped_at(tuning.row(1)[0])
 
     def test_it_learns(self) -> None:
         recipe = TuningRecipe((TuningPhase(30, 130, segment=64),), lr=1e-2)
@@ -185,13 +200,13 @@ class TestRuns:
 
         straight, folder = new(), TuningFolder(tmp_path / "straight")
         folder.begin_tuning(CURRICULUM, {})
-        execute(straight, folder)  # type: ignore[arg-type]
+        execute(straight, folder)
         stopped = TuningFolder(tmp_path / "stopped")
         stopped.begin_tuning(CURRICULUM, {})
         with pytest.raises(RunInterrupted):
-            execute(new(), stopped, stop_after=stop_after)  # type: ignore[arg-type]
+            execute(new(), stopped, stop_after=stop_after)
         resumed = new()
-        execute(resumed, stopped)  # type: ignore[arg-type]
+        execute(resumed, stopped)
         wanted = weights(straight)
         assert {name: x.equal(wanted[name]) for name, x in weights(resumed).items()} == dict.fromkeys(wanted, True)
         assert straight.student.carry is not None

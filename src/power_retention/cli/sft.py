@@ -94,6 +94,7 @@ def sft(
     from power_retention.training.run import execute, remove_checkpoints
     from power_retention.training.tuning import Tuning, TuningFolder, with_adapters
 
+    _expect_one_process()
     folder = TuningFolder(out / "run")
     if not show:
         _check_folder(out, folder, resume)
@@ -122,9 +123,10 @@ def sft(
         folder.begin_tuning(recipe, given)
     with progress_bar(f"Tuning, {recipe.precision}") as update:
         execute(
-            cast(Any, tuning),
+            tuning,
             folder,
             watch=lambda progress: update(progress.step, progress.steps, _note(progress)),
+            tell=lambda sentence: status.print(f"[bold]note:[/] {escape(sentence)}", soft_wrap=True, highlight=False),
             checkpoint_seconds=60 * checkpoint_minutes,
         )
     with status.status(f"Writing {escape(str(out))}"):
@@ -137,6 +139,16 @@ def sft(
         name = escape(str(out))
         results.print(f"[bold]{name}[/] holds the tuned model ({recipe.steps} steps). Talk to it:", highlight=False)
         results.print(f"  power-retention generate {name} …", highlight=False)
+
+
+def _expect_one_process() -> None:
+    from power_retention.errors import ArgumentError
+    from power_retention.training.parallel import launched_ranks
+
+    if launched_ranks() > 1:
+        raise ArgumentError(
+            f"sft runs in one process, and was launched in {launched_ranks()}: start it without torchrun."
+        )
 
 
 def _read_data(data: Path, options: dict[str, Any]) -> tuple[list[Path], list[TuningPhase]]:

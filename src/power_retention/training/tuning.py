@@ -10,7 +10,7 @@ import json
 import math
 import tomllib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -23,6 +23,7 @@ from power_retention.files import clear_write_errors, write_json
 from power_retention.ops import PowerState
 from power_retention.ops.heads import compute_dtype
 from power_retention.training.examples import Example
+from power_retention.training.parallel import ALONE
 from power_retention.training.retraining import Metrics
 from power_retention.training.run import RunFolder
 from power_retention.training.segments import Bptt, Carry, backward_in_segments, trunk_of
@@ -100,17 +101,22 @@ class TuningRecipe:
         return sum(phase.steps for phase in self.phases)
 
     @property
-    def tokens_per_step(self) -> float:
+    def tokens_per_step(self) -> int:
         """Tokens read in a step at most, on average."""
-        return sum(phase.steps * phase.rows * phase.length for phase in self.phases) / self.steps
+        return sum(phase.steps * phase.rows * phase.length for phase in self.phases) // self.steps
+
+    def place(self, step: int) -> tuple[int, int]:
+        """(number of its phase, number within the phase) of a step, all counted from 0."""
+        within = step
+        for number, phase in enumerate(self.phases):
+            if within < phase.steps:
+                return number, within
+            within -= phase.steps
+        raise ArgumentError(f"The run has {self.steps} steps; there is no step {step}.")
 
     def phase(self, step: int) -> TuningPhase:
         """The one that a step (counted from 0) belongs to."""
-        for phase in self.phases:
-            if step < phase.steps:
-                return phase
-            step -= phase.steps
-        raise ArgumentError(f"The run has {self.steps} steps; there is no step {step + self.steps}.")
+        return self.phases[self.place(step)[0]]
 
     def stage(self, step: int) -> str:
         """The name of its phase."""
@@ -282,8 +288,6 @@ class Tuning:
         device: where; the model is moved there.
     """
 
-    data_shift = 0
-
     def __init__(
         self, model: nn.Module, examples: Sequence[Example], recipe: TuningRecipe, device: torch.device | None = None
     ) -> None:
@@ -292,12 +296,9 @@ class Tuning:
         model.to(self.device)
         if recipe.checkpointed:
             trunk_of(model).activation_checkpointing_enable({"use_reentrant": False})
-        lengths = [len(example) for example in examples]
-        self.plan = [
-            row
-            for number, phase in enumerate(recipe.phases)
-            for row in plan_phase(lengths, phase, seed=recipe.seed * 1_000_003 + number)
-        ]
+        self.ranks, self.data_shift = ALONE, 0
+        self._lengths = [len(example) for example in examples]
+        self._plans = [self._plan(number, phase.steps) for number, phase in enumerate(recipe.phases)]
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         carries = any(phase.continues for phase in recipe.phases)
         self.student = Kept(trained, empty_states(model, self.device) if carries else [])
@@ -318,14 +319,27 @@ class Tuning:
         self.optimizer.zero_grad(set_to_none=True)
         return metrics
 
+    def _plan(self, number: int, steps: int) -> list[list[Span]]:
+        """What so many steps of a phase read; a longer plan begins like a shorter one."""
+        phase = replace(self.recipe.phases[number], steps=steps)
+        return plan_phase(self._lengths, phase, seed=self.recipe.seed * 1_000_003 + number)
+
+    def row(self, step: int) -> list[Span]:
+        """What a step reads; where data were left out since the last checkpoint, what comes after them in its phase."""
+        number, within = self.recipe.place(step)
+        within += self.data_shift
+        if within >= len(self._plans[number]):
+            self._plans[number] = self._plan(number, 2 * within)
+        return self._plans[number][within]
+
     def gradients(self, step: int) -> Metrics:
         """Compute the gradients of a step without taking it; carried states move on."""
-        phase, row = self.recipe.phase(step), self.plan[step]
+        phase, row = self.recipe.phase(step), self.row(step)
         ids, labels, cu_seqlens = (x.to(self.device) for x in self.read(row))
-        goes_on = row[0].start > 0 or phase.bptt == "state_passing"
-        last = row[-1]
+        first, last = row[0], row[-1]
+        passing = phase.bptt == "state_passing"
         cut = last.stop < len(self.examples[last.example])
-        carry = self.student.carry if goes_on and phase.continues else None
+        carry = self.student.carry if phase.continues and (passing or self.student.stopped_at(first)) else None
         done = backward_in_segments(
             self.model,
             ids,
@@ -334,11 +348,11 @@ class Tuning:
             bptt=phase.bptt,
             cu_seqlens=cu_seqlens,
             carry=carry,
-            keep_carry=phase.continues and (cut or phase.bptt == "state_passing"),
+            keep_carry=phase.continues and (cut or passing),
             precision=torch.bfloat16 if self.recipe.precision == "bfloat16" else None,
         )
         if phase.continues:
-            self.student.keep(done.carry)
+            self.student.keep(done.carry, last)
         return {
             "loss": float(done.loss),
             "labelled": float(done.labelled),
@@ -381,30 +395,36 @@ class Kept(nn.Module):
         self._states = states
         tensors = [x for state in states for x in state[:2]]
         self.carried = nn.ParameterList([nn.Parameter(x, requires_grad=False) for x in tensors])
-        position = torch.full((1,), -1.0, dtype=torch.float64)
-        self.position = nn.Parameter(position, requires_grad=False) if states else None
+        # Position of the next token, and the example and the place in it where the last step stopped.
+        place = torch.full((3,), -1.0, dtype=torch.float64)
+        self.place = nn.Parameter(place, requires_grad=False) if states else None
 
     @property
     def carry(self) -> Carry | None:
         """What the last step left, if it left anything."""
-        if self.position is None or float(self.position.detach()) < 0:
+        if self.place is None or float(self.place[0].detach()) < 0:
             return None
         tensors = [x.detach().clone() for x in self.carried]
         states = [
             state._replace(memory=memory, normalizer=normalizer)
             for state, memory, normalizer in zip(self._states, tensors[::2], tensors[1::2], strict=True)
         ]
-        return Carry(states, int(self.position.detach()))
+        return Carry(states, int(self.place[0].detach()))
+
+    def stopped_at(self, span: Span) -> bool:
+        """Whether a span goes on where the last step stopped."""
+        return self.place is not None and span.start > 0 and self.place[1:].tolist() == [span.example, span.start]
 
     @torch.no_grad()
-    def keep(self, carry: Carry | None) -> None:
-        """Overwrite what was left."""
-        if self.position is None:
+    def keep(self, carry: Carry | None, last: Span | None = None) -> None:
+        """Overwrite what was left, after the last tokens read; None leaves nothing."""
+        if self.place is None:
             return
-        self.position.fill_(-1 if carry is None else carry.position)
-        for kept, x in zip(
-            self.carried, (x for s in carry.states for x in s[:2]) if carry else (), strict=carry is not None
-        ):
+        if carry is None or last is None:
+            self.place.fill_(-1)
+            return
+        self.place.copy_(torch.tensor([carry.position, last.example, last.stop], dtype=self.place.dtype))
+        for kept, x in zip(self.carried, (x for state in carry.states for x in state[:2]), strict=True):
             kept.copy_(x)
 
 

@@ -118,12 +118,15 @@ def failures(case: Case, device: str, reference_device: str = "cpu") -> list[str
 def state_failures(device: str, reference_device: str = "cpu") -> list[str]:
     """The state alone, without any output, and its gradients, against plain PyTorch in float64."""
     wrong = []
-    for (d, e), begun, dtype in (((16, 16), True, torch.float32), ((12, 20), False, torch.float16)):
+    cases = [((16, 16), True, torch.float32, 37, 16), ((12, 20), False, torch.float16, 37, 16)]
+    if device == "cuda":
+        cases.append(((64, 64), True, torch.bfloat16, 300, 128))
+    for (d, e), begun, dtype, tokens, chunk in cases:
         results = []
         for backend, place in (("torch", reference_device), ("triton", device)):
             generator = torch.Generator().manual_seed(0)
-            k, v = (torch.randn(2, 37, 2, width, generator=generator).to(dtype) for width in (d, e))
-            inputs = {"k": k, "v": v, "log_g": -torch.rand(2, 37, 2, generator=generator)}
+            k, v = (torch.randn(2, tokens, 2, width, generator=generator).to(dtype) for width in (d, e))
+            inputs = {"k": k, "v": v, "log_g": -torch.rand(2, tokens, 2, generator=generator)}
             if begun:
                 inputs["memory"] = torch.randn(2, 2, d * (d + 1) // 2, e, generator=generator)
                 inputs["normalizer"] = torch.randn(2, 2, d * (d + 1) // 2, generator=generator)
@@ -132,7 +135,7 @@ def state_failures(device: str, reference_device: str = "cpu") -> list[str]:
             os.environ["POWER_RETENTION_BACKEND"] = backend
             state = PowerState(inputs["memory"], inputs["normalizer"], 2, d) if begun else None
             gates = inputs["log_g"]
-            final = power_retention_state(inputs["k"], inputs["v"], gates, chunk_size=16, initial_state=state)
+            final = power_retention_state(inputs["k"], inputs["v"], gates, chunk_size=chunk, initial_state=state)
             loss = sum((x.double() * torch.randn(x.shape, generator=generator).to(x.device)).sum() for x in final[:2])
             grads = torch.autograd.grad(loss, list(inputs.values()))
             results.append(

@@ -19,7 +19,7 @@ from power_retention.models import PowerRetentionForCausalLM
 from power_retention.models.sizes import state_bytes
 from power_retention.training.context import bytes_received, share_context, sum_gradients, sum_when_sharded
 from power_retention.training.next_token import next_token_loss
-from power_retention.training.parallel import Ranks
+from power_retention.training.parallel import Ranks, make_mesh, parallelize
 from power_retention.training.segments import backward_in_segments, next_tokens, share_of_rank
 from tiny_models import VARIANTS, tiny_model, tokens
 
@@ -139,6 +139,17 @@ def sharded(ranks: DeviceMesh, checkpointed: bool) -> dict[str, float]:
     return {"gradients": worst(gradients(model), wanted)}
 
 
+def parallelized(everyone: Ranks) -> dict[str, float]:
+    """The same, sharded in two groups as runs do it."""
+    rows = tokens(everyone.size, TOKENS)
+    _, wanted = reference("llama", rows, None)
+    model = model_of()
+    parallelize(model, make_mesh("cpu", everyone.size, dp_replicate=2))
+    own = rows[everyone.rank : everyone.rank + 1]
+    backward_in_segments(model, own, next_tokens(own), segment=16)
+    return {"gradients": worst(gradients(model), wanted)}
+
+
 def narrowed(ranks: DeviceMesh) -> str:
     """What FSDP's casting of inputs comes to."""
     model = model_of().float()
@@ -180,7 +191,8 @@ def of_two_and_four(everyone: Ranks) -> tuple[list[dict[str, dict[str, float]]],
     """In one start of the processes, which takes longer than the checks: first two pairs beside each other, then all four."""
     pair = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pair", "cp"))["cp"]
     four = init_device_mesh("cpu", (4,), mesh_dim_names=("cp",))
-    return [everything(pair), essentials(four)], narrowed(pair)
+    of_four = essentials(four) | {"sharded in two groups": parallelized(everyone)}
+    return [everything(pair), of_four], narrowed(pair)
 
 
 def test_two_and_four_ranks_give_what_one_gives() -> None:

@@ -169,7 +169,7 @@ def _replay_peak(
                     use_cache=False,
                     states=states,
                     return_states=cut,
-                    hidden_loss=_loss_on_every_row,
+                    hidden_loss=partial(_loss_on_every_row, device_type),
                 )
             leaving = [x for state in out.states or [] for x in state[:2]]
             loss, gradients = out.loss, [torch.zeros_like(x) for x in leaving]
@@ -178,11 +178,12 @@ def _replay_peak(
         return counter.peak
 
 
-def _loss_on_every_row(hidden: Tensor, head: nn.Module) -> Tensor:
+def _loss_on_every_row(device_type: str, hidden: Tensor, head: nn.Module) -> Tensor:
     """With as many labels as tokens, which ones there are depends on no contents."""
     rows = hidden.flatten(0, -2)
     every = torch.arange(len(rows))
-    return next_token_loss_of_rows(rows[every], head, every, 1.0) + 0 * hidden[..., :1].sum()
+    loss = next_token_loss_of_rows(rows[every], head, every, 1.0, sized_for=device_type)
+    return loss + 0 * hidden[..., :1].sum()
 
 
 def _states(model: PowerRetentionForCausalLM, batch: int) -> list[PowerState]:

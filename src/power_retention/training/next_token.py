@@ -33,12 +33,18 @@ def next_token_loss(hidden: Tensor, head: nn.Module, labels: Tensor, total: floa
     return loss + 0 * hidden[..., :1].sum()
 
 
-def next_token_loss_of_rows(rows: Tensor, head: nn.Module, labels: Tensor, total: float) -> Tensor:
-    """:func:`next_token_loss` where every row has a label: rows ``[N, hidden]``, labels ``[N]``."""
+def next_token_loss_of_rows(
+    rows: Tensor, head: nn.Module, labels: Tensor, total: float, *, sized_for: str | None = None
+) -> Tensor:
+    """:func:`next_token_loss` where every row has a label: rows ``[N, hidden]``, labels ``[N]``.
+
+    Blocks of logits are as large as on a device of the type ``sized_for``, by default that of the rows.
+    """
     kind = rows.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else rows.dtype
     if type(head) is nn.Linear and head.bias is None and type(head.weight) is not DTensor:
-        loss: Tensor = _NextToken.apply(rows.to(dtype), head.weight, labels, total)
+        size = _rows_at_a_time(len(head.weight), sized_for or kind)
+        loss: Tensor = _NextToken.apply(rows.to(dtype), head.weight, labels, total, size)
         return loss
     # A head that is more than a matrix, or sharded by itself, is called as it is, and once more in backward.
     loss = 0 * rows[..., :1].sum()
@@ -62,14 +68,13 @@ class _NextToken(torch.autograd.Function):
     """Gradients are formed block by block in the forward pass, while the logits are there."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor, total: float) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor, total: float, size: int) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         weight = head.to(hidden.dtype)
         needs_hidden, needs_head = ctx.needs_input_grad[:2]
         d_hidden = torch.empty_like(hidden) if needs_hidden else None
         d_head = torch.zeros_like(head, dtype=torch.promote_types(head.dtype, torch.float32)) if needs_head else None
         loss = hidden.new_zeros((), dtype=wide)
-        size = _rows_at_a_time(len(weight), hidden.device.type)
         for start in range(0, len(labels), size):
             rows = slice(start, start + size)
             log_p = (hidden[rows] @ weight.T).to(wide).log_softmax(-1)
@@ -92,6 +97,7 @@ class _NextToken(torch.autograd.Function):
         return (
             None if d_hidden is None else d_hidden.mul_(grad.to(d_hidden.dtype)),
             None if d_head is None else d_head.mul_(grad).to(ctx.head_dtype),
+            None,
             None,
             None,
         )

@@ -79,7 +79,7 @@ def measure(device: torch.device, quick: bool) -> dict[str, Any]:
     exchanges = context.traffic.exchanges - before[1]
     seconds_sum = timed(lambda: sum_gradients(model, context), device)
     got = gradients(model)
-    # Half of the exchanges gather states, the others decays, which are all but nothing.
+    # As many bytes in half as many calls: about so many gather states, the others decays, which are all but nothing.
     one = torch.zeros(received // max(exchanges, 1) * 2 // max(ranks - 1, 1) // 4, device=device)
     seconds_exchange = timed(lambda: [context.begin_gather(one).wait() for _ in range(exchanges // 2)], device)
     trunk_of(model).context_parallel = None

@@ -215,6 +215,13 @@ def test_what_cannot_be_shared_is_refused() -> None:
         context.scan(4, (0, 5, 12), continued=False)
 
 
+def test_starts_of_documents_are_refused() -> None:
+    model = model_of()
+    model.model.context_parallel = ContextParallelOf(4)
+    with pytest.raises(ArgumentError, match="say it with cu_seqlens"):
+        model(tokens(1, 8), document_starts=torch.zeros(1, 8, dtype=torch.bool), use_cache=False)
+
+
 @pytest.mark.parametrize("lengths", CASES.values())
 @pytest.mark.parametrize("size", [2, 4, 8])
 def test_ranks_know_what_crosses_them(lengths: tuple[int, ...], size: int) -> None:

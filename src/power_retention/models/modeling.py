@@ -218,6 +218,11 @@ class PowerRetentionModel(PowerRetentionPreTrainedModel):
             position_ids = count_positions(positions, attention_mask, cu_seqlens, document_starts)
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         if not whole:
+            if self.context_parallel is not None and document_starts is not None:
+                raise ArgumentError(
+                    "document_starts came with context parallelism, where no rank sees how far back a document began; say it "
+                    "with cu_seqlens."
+                )
             if past_key_values is not None:
                 raise ArgumentError("States of pieces and a cache exclude each other; leave past_key_values to None.")
             return self._run_piece(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache
 from itertools import pairwise
 
 import torch
@@ -50,18 +50,20 @@ class Piece:
         """The last sequence's tokens."""
         return slice(self.borders[-2], self.borders[-1])
 
-    @cached_property
-    def parts(self) -> list[tuple[slice, tuple[int, ...]]]:
-        """Tokens and borders of the first sequence, of those between, and of the last."""
-        if len(self.borders) <= 3:
-            return [(slice(a, b), (0, b - a)) for a, b in pairwise(self.borders)]
-        first, *_, last = spans = [slice(a, b) for a, b in pairwise(self.borders)]
-        between = self.borders[1:-1]
-        return [
-            (first, (0, first.stop)),
-            (slice(first.stop, last.start), tuple(border - first.stop for border in between)),
-            (spans[-1], (0, last.stop - last.start)),
-        ]
+    def parts(self, device: torch.device) -> list[tuple[slice, Tensor | None]]:
+        """Tokens of the first sequence, of those between with their borders, and of the last."""
+        return _parts(self.borders, device)
+
+
+@lru_cache(maxsize=8)  # every layer asks, and borders on a GPU are waited for
+def _parts(borders: tuple[int, ...], device: torch.device) -> list[tuple[slice, Tensor | None]]:
+    spans = [slice(a, b) for a, b in pairwise(borders)]
+    if len(spans) <= 2:
+        return [(span, None) for span in spans]
+    with torch.inference_mode(False):  # what is kept must do for training too
+        between = torch.tensor([border - borders[1] for border in borders[1:-1]], device=device)
+    first, last = spans[0], spans[-1]
+    return [(first, None), (slice(first.stop, last.start), between if len(between) > 2 else None), (last, None)]
 
 
 def begin_exchange(
@@ -132,16 +134,16 @@ def _by_parts(
     # In one packed call every sequence would have a state, those that neither come from nor go anywhere included.
     outputs: list[Tensor] = []
     leaving: PowerState | None = None
-    for number, (span, borders) in enumerate(piece.parts):
-        packed = torch.tensor(borders, device=q.device) if len(borders) > 2 else None
-        wanted = returns_state and number == len(piece.parts) - 1
+    parts = piece.parts(q.device)
+    for number, (span, cu_seqlens) in enumerate(parts):
+        wanted = returns_state and number == len(parts) - 1
         out = power_retention(
             *(x[:, span] for x in (q, k, v, log_g)),
             p=p,
             chunk_size=chunk_size,
             initial_state=state if number == 0 else None,
             return_state=wanted,
-            cu_seqlens=packed,
+            cu_seqlens=cu_seqlens,
             mask=None if mask is None else mask[:, span],
         )
         y, leaving = out if isinstance(out, tuple) else (out, None)

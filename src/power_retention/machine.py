@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 WARM_UP = 2
 _HEAD_START = 10_000_000
@@ -136,3 +137,40 @@ def _best(call: Callable[[], object], device: torch.device) -> float:
     for _ in range(WARM_UP if device.type == "cuda" else 0):
         call()
     return min(_once(call, device) for _ in range(8))
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a call took.
+
+    Attributes:
+        seconds: by the clock, the device's work included.
+        peak_bytes: most bytes that were held at a time above what was held when it began.
+    """
+
+    seconds: float
+    peak_bytes: int
+
+
+def measure_footprint(call: Callable[[], object], device: torch.device) -> Footprint:
+    """Run a call once, and say how long it took and how much memory of the device.
+
+    On a GPU by its allocator's own count.  On a CPU every allocation is recorded, which takes time of its own.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before, started = torch.cuda.memory_allocated(device), time.perf_counter()
+        call()
+        torch.cuda.synchronize(device)
+        return Footprint(time.perf_counter() - started, torch.cuda.max_memory_allocated(device) - before)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        started = time.perf_counter()
+        call()
+        seconds = time.perf_counter() - started
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return Footprint(seconds, peak)

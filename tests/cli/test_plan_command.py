@@ -8,6 +8,7 @@ from pathlib import Path
 from test_cli import Here, here  # noqa: F401 (a fixture)
 
 from power_retention.models import BrumbyConfig
+from tiny_models import tiny_config
 
 
 def test_a_preset(here: Here) -> None:  # noqa: F811
@@ -46,3 +47,14 @@ def test_a_dry_run(here: Here) -> None:  # noqa: F811
     assert "cannot be divided into 3 groups" in here.refusal(
         "plan", "qwen3-8b", "--ranks", "8", "--replicas", "3", "--dry-run"
     )
+
+
+def test_memory_of_long_training(here: Here, tmp_path: Path) -> None:  # noqa: F811
+    """Longer documents take more host memory and no more of the GPU's."""
+    tiny_config(num_attention_heads=2, num_key_value_heads=2).save_pretrained(tmp_path)
+    options = ("--long-training", "64k,1M", "--segment", "4k")
+    short, long = here("plan", tmp_path, *options, "--json").json["long_training"]
+    assert (short["tokens"], long["tokens"], long["segment"]) == (65536, 1048576, 4096)
+    assert long["device_bytes"] == short["device_bytes"]
+    assert long["host_bytes"] == 17 * short["host_bytes"]
+    assert "host memory" in here("plan", tmp_path, *options, "--activation-checkpointing").out

@@ -31,10 +31,11 @@ from power_retention.conversion.swap import swap_attention
 from power_retention.errors import RunInterrupted
 from power_retention.evaluation.dry_run import Layout, lay_out
 from power_retention.files import write_json
+from power_retention.training.folder import RunFolder
 from power_retention.training.parallel import Ranks, joined_ranks, local_device
 from power_retention.training.recipe import Recipe
 from power_retention.training.retraining import Retraining
-from power_retention.training.run import Progress, RunFolder, execute
+from power_retention.training.run import Progress, execute
 from power_retention.training.text import Tokens
 
 STEPS = 8

@@ -22,7 +22,7 @@ from problems import (
 )
 from torch import Tensor
 
-from power_retention.ops import PowerState, power_retention, power_retention_step
+from power_retention.ops import PowerState, power_retention, power_retention_state, power_retention_step
 from power_retention.ops.reference import attention_form, chunk_form
 
 seeds = st.integers(0, 2**20)
@@ -50,6 +50,21 @@ def test_attention_reference_equals_recurrent_reference(problem: Problem) -> Non
 def test_operator_equals_recurrence(problem: Problem, chunk_size: int | None) -> None:
     got = outputs_and_gradients(lambda x: run_operator(x, chunk_size=chunk_size), problem)
     assert_same(got, outputs_and_gradients(run_recurrence, problem))
+
+
+@given(problems(), chunk_sizes())
+def test_the_state_alone_is_that_of_the_call(problem: Problem, chunk_size: int | None) -> None:
+    """Without any output; queries have no part in it."""
+
+    def run_state(x: Problem) -> tuple[Tensor, ...]:
+        final = power_retention_state(x.k, x.v, x.log_g, p=x.p, chunk_size=chunk_size, initial_state=x.state)
+        return final[:2]
+
+    def run_all(x: Problem) -> tuple[Tensor, ...]:
+        return run_recurrence(x)[1:]
+
+    got, expected = (outputs_and_gradients(run, problem) for run in (run_state, run_all))
+    assert_same(got, expected)
 
 
 @given(problems(with_state=False), st.just(0) | chunk_sizes())

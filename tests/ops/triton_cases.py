@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from power_retention.ops import PowerState, RingState, backends, expand, power_retention
+from power_retention.ops import PowerState, RingState, backends, expand, power_retention, power_retention_state
 from power_retention.ops.backends import fused_step
 from power_retention.ops.reference import recurrent_form
 
@@ -113,6 +113,38 @@ def failures(case: Case, device: str, reference_device: str = "cpu") -> list[str
     """What is wrong with the kernels' answer, in words."""
     found = errors(case, device, reference_device)
     return [f"{name}: relative error {x:.1e}" for name, x in found.items() if not x <= TOLERANCES[case.dtype]]
+
+
+def state_failures(device: str, reference_device: str = "cpu") -> list[str]:
+    """The state alone, without any output, and its gradients, against plain PyTorch in float64."""
+    wrong = []
+    cases = [((16, 16), True, torch.float32, 37, 16), ((12, 20), False, torch.float16, 37, 16)]
+    if device == "cuda":
+        cases.append(((64, 64), True, torch.bfloat16, 300, 128))
+    for (d, e), begun, dtype, tokens, chunk in cases:
+        results = []
+        for backend, place in (("torch", reference_device), ("triton", device)):
+            generator = torch.Generator().manual_seed(0)
+            k, v = (torch.randn(2, tokens, 2, width, generator=generator).to(dtype) for width in (d, e))
+            inputs = {"k": k, "v": v, "log_g": -torch.rand(2, tokens, 2, generator=generator)}
+            if begun:
+                inputs["memory"] = torch.randn(2, 2, d * (d + 1) // 2, e, generator=generator)
+                inputs["normalizer"] = torch.randn(2, 2, d * (d + 1) // 2, generator=generator)
+            exact = backend == "torch"
+            inputs = {n: (x.double() if exact else x).to(place).requires_grad_() for n, x in inputs.items()}
+            os.environ["POWER_RETENTION_BACKEND"] = backend
+            state = PowerState(inputs["memory"], inputs["normalizer"], 2, d) if begun else None
+            gates = inputs["log_g"]
+            final = power_retention_state(inputs["k"], inputs["v"], gates, chunk_size=chunk, initial_state=state)
+            loss = sum((x.double() * torch.randn(x.shape, generator=generator).to(x.device)).sum() for x in final[:2])
+            grads = torch.autograd.grad(loss, list(inputs.values()))
+            results.append(
+                {"memory": final[0], "normalizer": final[1]} | {f"d {n}": g for n, g in zip(inputs, grads, strict=True)}
+            )
+        expected, got = results
+        errors = {n: float((got[n].cpu().double() - x.cpu()).norm() / x.norm()) for n, x in expected.items()}
+        wrong += [f"state {d}x{e}, {name}: {x:.1e}" for name, x in errors.items() if not x <= TOLERANCES[dtype]]
+    return wrong
 
 
 def decoding_failures(device: str) -> list[str]:
@@ -271,6 +303,9 @@ def main(device: str, names: list[str]) -> int:
         wrong = decoding_failures(device)
         bad += bool(wrong)
         print(f"decoding: {'; '.join(wrong) or 'right'}", flush=True)
+        wrong = state_failures(device)
+        bad += bool(wrong)
+        print(f"state alone: {'; '.join(wrong) or 'right'}", flush=True)
     more = HOPPER_RING_CASES if device == "cuda" else {}
     for name, ring_case in (RING_CASES | more).items():
         if not names or name in names:

@@ -14,7 +14,9 @@ from power_retention.cli.options import Json, quiet_libraries
 
 if TYPE_CHECKING:
     from power_retention.evaluation.dry_run import Layout
-    from power_retention.evaluation.plan import Gpu, Plan, Serving
+    from power_retention.evaluation.gpus import Gpu
+    from power_retention.evaluation.memory import TrainingMemory
+    from power_retention.evaluation.plan import Plan, Serving
 
 _FULL = 0.9
 """Share of a GPU's memory above which a retraining is told not to fit."""
@@ -34,6 +36,13 @@ def plan(
     ring: Annotated[int, typer.Option(help="Tokens folded at a time; 0 rewrites the state for each.")] = 32,
     weight_bytes: Annotated[float, typer.Option(help="Bytes a weight: 2 for bfloat16, 1 for int8.")] = 2,
     train_tokens: Annotated[str, typer.Option(help="Tokens to retrain on.")] = "1B",
+    long_training: Annotated[
+        str | None, typer.Option("--long-training", help="Also the memory of training on documents so long: 64k,1M.")
+    ] = None,
+    segment: Annotated[str, typer.Option(help="Tokens between two borders of its back-propagation.")] = "32k",
+    checkpointing: Annotated[
+        bool, typer.Option("--activation-checkpointing", help="Its layers keep their inputs only.")
+    ] = False,
     utilisation: Annotated[float, typer.Option(help="Share of the GPU's operations that training reaches.")] = 0.4,
     price: Annotated[float | None, typer.Option(help="Dollars an hour of one GPU.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Also draw users and speed against context, as a PNG.")] = None,
@@ -59,6 +68,8 @@ def plan(
         power-retention plan my-model --gpus 1xRTX4090 --state-dtype bfloat16 --ring 16 --plot plan.png
 
         power-retention plan glm-4.5-air --gpus 32xH200 --dry-run --length 8192
+
+        power-retention plan smollm2-135m --long-training 64k,1M --segment 32k
     """
     quiet_libraries()
     from power_retention.evaluation.plan import Assumptions, make_plan, parse_count, parse_gpus
@@ -81,13 +92,27 @@ def plan(
     with status.status(f"Reading the configuration of {escape(model)}"):
         from power_retention.conversion.presets import resolve_config
 
-        made = make_plan(resolve_config(model), contexts, gpu, count, assumptions, name=model)
+        config = resolve_config(model)
+        made = make_plan(config, contexts, gpu, count, assumptions, name=model)
+    training: list[TrainingMemory] = []
+    if long_training is not None:
+        from power_retention.evaluation.memory import predict_training
+
+        with status.status("Going through a training step"):
+            options = {"segment": parse_count(segment), "checkpointed": checkpointing}
+            for tokens in long_training.split(","):
+                training.append(predict_training(config, tokens=parse_count(tokens), **options))  # type: ignore[arg-type]
     if plot is not None:
         from power_retention.evaluation.figure import draw_plan_figure
 
         with status.status(f"Drawing {escape(str(plot))}"):
             draw_plan_figure(made, plot)
-    print_json(made.to_dict()) if json else _show(made, parse_count(context))
+    if json:
+        print_json(made.to_dict() | ({"long_training": [one.to_dict() for one in training]} if training else {}))
+        return
+    _show(made, parse_count(context))
+    if training:
+        _show_training(training, made)
 
 
 def _dry_run(model: str, layout: Layout, gpu: Gpu, json: bool) -> None:
@@ -142,6 +167,23 @@ def _show(plan: Plan, context: int) -> None:
         "Communication between GPUs is not counted.[/]",
         highlight=False,
     )
+
+
+def _show_training(training: list[TrainingMemory], plan: Plan) -> None:
+    columns = ("tokens of a document", "segment", "GPU memory", "of it a step", "host memory", "a step")
+    speed = plan.gpu.tflops * 1e12 * plan.assumptions.utilisation
+    rows = [
+        (
+            _short(one.tokens),
+            _short(one.segment),
+            f"{one.device_bytes / 1e9:,.1f} GB",
+            f"{one.step / 1e9:,.1f} GB",
+            f"{one.host_bytes / 1e9:,.1f} GB",
+            f"{one.flops / speed:,.1f} s",
+        )
+        for one in training
+    ]
+    table(f"Training on one {plan.gpu.name}: exact gradients in segments, bfloat16, AdamW", columns, rows)
 
 
 def _serving(serving: Serving) -> tuple[str, str, str, str]:

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from power_retention.errors import ArgumentError
+from power_retention.layers.pieces import Piece, begin_exchange, retain_piece
 from power_retention.layers.softmax import softmax_attention
-from power_retention.ops import power_retention
+from power_retention.ops import PowerState, power_retention
 from power_retention.ops.heads import FORGET
 
 OPEN_GATE_BIAS = 6.0
@@ -98,16 +99,20 @@ class PowerRetentionMixer(nn.Module):
 
     def queries_and_keys(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Normed and rotated queries ``[B, T, Hq, d]`` and keys ``[B, T, H, d]``, before the key bias."""
-        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))
-        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))
-        if self.q_norm is not None and self.k_norm is not None:
-            # Under autocast the projections are narrower than the norms' weights.
-            q, k = self.q_norm(q.to(self.q_norm.weight.dtype)), self.k_norm(k.to(self.k_norm.weight.dtype))
-        return rotate(q, cos, sin), rotate(k, cos, sin)
+        return self.queries(x, cos, sin), self.keys(x, cos, sin)
+
+    def queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Normed and rotated, ``[B, T, Hq, d]``."""
+        return rotate(_normed(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), self.q_norm), cos, sin)
+
+    def keys(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Normed and rotated, ``[B, T, H, d]``, before the key bias."""
+        return rotate(_normed(self.k_proj(x).unflatten(-1, (-1, self.head_dim)), self.k_norm), cos, sin)
 
     def log_gates(self, x: Tensor) -> Tensor:
-        """``[B, T, H]`` in float32."""
-        return F.logsigmoid(self.g_proj(x).float())
+        """``[B, T, H]`` in float32 (float64 in a float64 model)."""
+        gates: Tensor = self.g_proj(x)
+        return F.logsigmoid(gates.to(torch.promote_types(gates.dtype, torch.float32)))
 
     def forward(
         self,
@@ -118,7 +123,9 @@ class PowerRetentionMixer(nn.Module):
         cu_seqlens: Tensor | None = None,
         starts: Tensor | None = None,
         memory: TokenMemory | None = None,
-    ) -> tuple[Tensor, None]:
+        piece: Piece | None = None,
+        state: PowerState | None = None,
+    ) -> tuple[Tensor, PowerState | None]:
         """Mix tokens.
 
         Args:
@@ -128,32 +135,50 @@ class PowerRetentionMixer(nn.Module):
             cu_seqlens: borders of packed sequences, where there is no memory.
             starts: ``[B, T]``, True at tokens that begin a document: their gates close, and what came before is forgotten.
             memory: what was read before; these tokens are added to it.
+            piece: the tokens are a piece of a longer sequence, with these borders (``cu_seqlens`` is not looked at).
+            state: what the first sequence of a piece has read before; gradients flow into it.
 
         Returns:
-            ``[B, T, hidden]``, and None where attention would return its weights.
+            ``[B, T, hidden]``, and, where attention would return its weights, the state that leaves a piece, else None.
         """
-        q, k = self.queries_and_keys(x, *position_embeddings)
+        k = self.keys(x, *position_embeddings)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
         if self.k_bias is not None:
             k = k + self.k_bias.to(k.dtype)
-        q, k, log_g = q.to(v.dtype), k.to(v.dtype), self.log_gates(x)
+        k, log_g = k.to(v.dtype), self.log_gates(x)
         if starts is not None:
             log_g = log_g.masked_fill(starts[..., None], FORGET)
+        exchange = None
+        if piece is not None and not self.softmax:
+            # Before the queries: the other ranks' states come in while these are made.
+            exchange = begin_exchange(k, v, log_g, piece, state, p=self.p)
+        q = self.queries(x, *position_embeddings).to(v.dtype)
+        leaving: PowerState | None = None
         if self.softmax:
-            if memory is not None:
-                raise ArgumentError("Softmax attention (use_exp=True) keeps no state; pass use_cache=False.")
+            if memory is not None or piece is not None:
+                raise ArgumentError(
+                    "Softmax attention (use_exp=True) keeps no state: pass use_cache=False, and sequences in one piece."
+                )
             if starts is not None:
                 raise ArgumentError("Softmax attention (use_exp=True) has no gates to close; pack with cu_seqlens.")
             y = softmax_attention(q, k, v, mask=mask, cu_seqlens=cu_seqlens)
         elif memory is not None:
             y = memory.read(q, k, v, log_g, p=self.p, mask=mask, chunk_size=self.chunk_size)
+        elif piece is not None:
+            sizes = {"p": self.p, "chunk_size": self.chunk_size}
+            y, leaving = retain_piece(q, k, v, log_g, piece, state, **sizes, mask=mask, exchange=exchange)  # type: ignore[arg-type]
         else:
             out = power_retention(
                 q, k, v, log_g, p=self.p, chunk_size=self.chunk_size, cu_seqlens=cu_seqlens, mask=mask
             )
             assert isinstance(out, Tensor)
             y = out
-        return self.o_proj(y.flatten(-2)), None
+        return self.o_proj(y.flatten(-2)), leaving
+
+
+def _normed(x: Tensor, norm: nn.RMSNorm | None) -> Tensor:
+    """Under autocast the projections are narrower than the norms' weights."""
+    return x if norm is None else norm(x.to(norm.weight.dtype))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

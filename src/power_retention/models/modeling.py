@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,10 +16,12 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from power_retention.errors import ArgumentError
-from power_retention.layers import PowerRetentionMixer
+from power_retention.layers import Piece, PowerRetentionMixer
+from power_retention.layers.scan import ContextParallel
 from power_retention.models.cache import PowerRetentionCache, PowerRetentionLayerCache
 from power_retention.models.configuration import PowerRetentionConfig
 from power_retention.models.parts import PowerRetentionRotaryEmbedding, build_mlp, build_norm, init_experts
+from power_retention.ops import PowerState
 from power_retention.ops.ring import FOLD_SIZE
 
 
@@ -41,6 +45,32 @@ def build_mixer(config: PowerRetentionConfig) -> PowerRetentionMixer:
     )
 
 
+@dataclass
+class PowerRetentionTrunkOutput(BaseModelOutputWithPast):
+    """What the trunk returns.
+
+    Attributes:
+        states: the state after the last token of every layer, where asked for.
+    """
+
+    states: list[PowerState] | None = None
+
+
+@dataclass
+class PowerRetentionCausalLMOutput(CausalLMOutputWithPast):
+    """What the language model returns.
+
+    Attributes:
+        states: see :class:`PowerRetentionTrunkOutput`.
+    """
+
+    states: list[PowerState] | None = None
+
+
+HiddenLoss = Callable[[Tensor, nn.Module], Tensor | None]
+"""A loss from the last hidden states ``[B, T, hidden]`` and the head, formed before any logits exist; None for none."""
+
+
 class PowerRetentionDecoderLayer(GradientCheckpointingLayer):
     """Norm → mixer → residual, norm → MLP → residual."""
 
@@ -59,13 +89,24 @@ class PowerRetentionDecoderLayer(GradientCheckpointingLayer):
         cu_seqlens: Tensor | None = None,
         starts: Tensor | None = None,
         cache: PowerRetentionLayerCache | None = None,
-    ) -> Tensor:
-        """``[B, T, hidden]`` → ``[B, T, hidden]``; the layer's cache, if any, is advanced."""
-        x = self.input_layernorm(hidden_states)
-        mixed, _ = self.self_attn(x, position_embeddings, mask=mask, cu_seqlens=cu_seqlens, starts=starts, memory=cache)
+        piece: Piece | None = None,
+        state: PowerState | None = None,
+    ) -> Tensor | tuple[Tensor, PowerState | None]:
+        """``[B, T, hidden]`` → the same; the layer's cache, if any, is advanced.  With a piece also the state leaving it."""
+        mixed, leaving = self.self_attn(
+            self.input_layernorm(hidden_states),
+            position_embeddings,
+            mask=mask,
+            cu_seqlens=cu_seqlens,
+            starts=starts,
+            memory=cache,
+            piece=piece,
+            state=state,
+        )
         hidden_states = hidden_states + mixed
         mapped: Tensor = self.mlp(self.post_attention_layernorm(hidden_states))
-        return hidden_states + mapped
+        out = hidden_states + mapped
+        return out if piece is None else (out, leaving)
 
 
 class PowerRetentionPreTrainedModel(PreTrainedModel):
@@ -111,6 +152,7 @@ class PowerRetentionModel(PowerRetentionPreTrainedModel):
         self.norm = build_norm(config)
         self.rotary_emb = PowerRetentionRotaryEmbedding(config)
         self.gradient_checkpointing = False
+        self.context_parallel: ContextParallel | None = None
         self.post_init()
 
     @merge_with_config_defaults
@@ -126,8 +168,10 @@ class PowerRetentionModel(PowerRetentionPreTrainedModel):
         cu_seqlens: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
         document_starts: Tensor | None = None,
+        states: Sequence[PowerState] | None = None,
+        return_states: bool = False,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
+    ) -> PowerRetentionTrunkOutput:
         """Run the trunk.
 
         Args:
@@ -138,15 +182,24 @@ class PowerRetentionModel(PowerRetentionPreTrainedModel):
             use_cache: make a cache if there is none.
             cu_seqlens: borders of sequences packed into one row (without a cache).
             cu_seq_lens_q: the same, as the library's collators call it.  Without either, position ids that start again within
-                a row, without a mask, say where its sequences begin.
+                a row, without a mask, say where its sequences begin (in a row that is no piece of something longer).
             document_starts: ``[B, T]``, True at tokens that begin a document.  Gates close there, so documents packed into the
                 rows of any batch do not see each other, at the cost of unpacked rows; a first token need not be marked.
+            states: what every layer has read of the row's sequence before (of the first one, if several are packed): the
+                tokens are a piece of something longer, trained in pieces.  Gradients flow into them.  Give ``position_ids``
+                too.  Generation keeps a cache instead.
+            return_states: also return the states after the last token (of the last sequence); gradients flow out of them.
+
+        Where ``context_parallel`` is set, the row is this rank's piece: all ranks hold equally many tokens, consecutive ones,
+        ``cu_seqlens`` are the borders in all of them, ``position_ids`` those of this rank's, and ``states`` enter the
+        first rank's piece and leave the last one's, given to and returned by every rank alike.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ArgumentError("Give exactly one of input_ids and inputs_embeds.")
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cu_seqlens = cu_seq_lens_q if cu_seqlens is None else cu_seqlens
-        unmarked = cu_seqlens is None and document_starts is None
+        whole = states is None and not return_states and self.context_parallel is None
+        unmarked = cu_seqlens is None and document_starts is None and whole
         if unmarked and position_ids is not None and past_key_values is None and attention_mask is None:
             cu_seqlens = packed_borders(position_ids)
         if past_key_values is None and use_cache and cu_seqlens is None:
@@ -160,13 +213,67 @@ class PowerRetentionModel(PowerRetentionPreTrainedModel):
         mask = padding_mask(attention_mask, tokens)
         if position_ids is None:
             seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            seen += 0 if self.context_parallel is None else self.context_parallel.rank * tokens
             positions = torch.arange(seen, seen + tokens, device=hidden_states.device).unsqueeze(0)
             position_ids = count_positions(positions, attention_mask, cu_seqlens, document_starts)
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        if not whole:
+            if self.context_parallel is not None and document_starts is not None:
+                raise ArgumentError(
+                    "document_starts came with context parallelism, where no rank sees how far back a document began; say it "
+                    "with cu_seqlens."
+                )
+            if past_key_values is not None:
+                raise ArgumentError("States of pieces and a cache exclude each other; leave past_key_values to None.")
+            return self._run_piece(
+                hidden_states, position_embeddings, mask, cu_seqlens, document_starts, states, return_states
+            )
         for i, layer in enumerate(self.layers):
             cache = None if past_key_values is None else past_key_values.layers[i]
             hidden_states = layer(hidden_states, position_embeddings, mask, cu_seqlens, document_starts, cache)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        return PowerRetentionTrunkOutput(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def _run_piece(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        starts: Tensor | None,
+        states: Sequence[PowerState] | None,
+        return_states: bool,
+    ) -> PowerRetentionTrunkOutput:
+        """The layers on a piece of a longer sequence."""
+        self._check_states(states)
+        tokens = hidden_states.shape[1]
+        if self.context_parallel is None:
+            piece = Piece.of(tokens, cu_seqlens, returns_state=return_states)
+        else:
+            piece = Piece.of_rank(
+                self.context_parallel, tokens, cu_seqlens, continued=states is not None, returns_state=return_states
+            )
+        leaving: list[PowerState] = []
+        for i, layer in enumerate(self.layers):
+            state = None if states is None else states[i]
+            hidden_states, left = layer(hidden_states, position_embeddings, mask, None, starts, None, piece, state)
+            leaving.append(left)
+        return PowerRetentionTrunkOutput(
+            last_hidden_state=self.norm(hidden_states), states=leaving if return_states else None
+        )
+
+    def _check_states(self, states: Sequence[PowerState] | None) -> None:
+        if states is not None and len(states) != len(self.layers):
+            raise ArgumentError(
+                f"states holds {len(states)} states; one for each of {len(self.layers)} layers was expected."
+            )
+        layer = self.layers[0]
+        options = getattr(getattr(layer, "_gradient_checkpointing_func", None), "keywords", {})
+        if self.training and layer.gradient_checkpointing and options.get("use_reentrant"):
+            # It looks for tensors among a layer's own arguments only, and would drop the states' gradients in silence.
+            raise ArgumentError(
+                "Reentrant checkpointing loses the gradients of states; enable checkpointing with "
+                '{"use_reentrant": False}.'
+            )
 
 
 class PowerRetentionForCausalLM(PowerRetentionPreTrainedModel, GenerationMixin):
@@ -197,9 +304,14 @@ class PowerRetentionForCausalLM(PowerRetentionPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        hidden_loss: HiddenLoss | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
-        """Next-token logits ``[B, T, vocab]`` and, with labels, their loss; other arguments as in the trunk."""
+    ) -> PowerRetentionCausalLMOutput:
+        """Next-token logits ``[B, T, vocab]`` and, with labels, their loss; other arguments as in the trunk.
+
+        With ``hidden_loss`` there are no logits: it makes the loss from the last hidden states, here and not outside, for
+        only here are the head's weights whole under FSDP.
+        """
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -209,16 +321,23 @@ class PowerRetentionForCausalLM(PowerRetentionPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
+        if hidden_loss is not None:
+            return PowerRetentionCausalLMOutput(
+                loss=hidden_loss(outputs.last_hidden_state, self.lm_head),
+                hidden_states=outputs.hidden_states,
+                states=outputs.states,
+            )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
+        return PowerRetentionCausalLMOutput(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            states=outputs.states,
         )
 
     def _prepare_cache_for_generation(

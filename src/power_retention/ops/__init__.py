@@ -2,7 +2,7 @@
 
 from power_retention.ops.backends import Backend, Call, backend_names, register_backend
 from power_retention.ops.layout import LAYOUT, expand, from_blocks16, multiplicity, state_width, to_blocks16
-from power_retention.ops.operator import MemoryExhausted, power_retention
+from power_retention.ops.operator import MemoryExhausted, power_retention, power_retention_state
 from power_retention.ops.ring import RingState, power_retention_decode
 from power_retention.ops.state import PowerState
 from power_retention.ops.step import power_retention_step
@@ -23,6 +23,7 @@ __all__ = [
     "multiplicity",
     "power_retention",
     "power_retention_decode",
+    "power_retention_state",
     "power_retention_step",
     "register_backend",
     "state_width",

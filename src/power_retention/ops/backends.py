@@ -28,7 +28,7 @@ class Call:
     """One call of the operator, already checked.
 
     Attributes:
-        q: ``[B, T, Hq, d]``.
+        q: ``[B, T, Hq, d]``; no heads at all where only the final state is wanted.
         k: ``[B, T, H, d]``.
         v: ``[B, T, H, e]``.
         log_g: ``[B, T, H]`` or None.

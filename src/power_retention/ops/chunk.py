@@ -28,7 +28,7 @@ from power_retention.ops.heads import (
     to_heads,
     values_and_ones,
 )
-from power_retention.ops.layout import expand, expand_backward, multiplicity, norm_functional
+from power_retention.ops.layout import expand, expand_backward, multiplicity, norm_functional, state_width
 
 _EMBEDDED_ELEMENTS = 1 << 20
 """Entries of φ formed at a time: enough rows for a matmul, few enough to stay in cache."""
@@ -50,7 +50,7 @@ def chunk_forward(
     """One run of tokens.
 
     Args:
-        q, k, v, log_g: ``[B, T, Hq, d]``, ``[B, T, H, d]``, ``[B, T, H, e]``, ``[B, T, H]`` or None.
+        q, k, v, log_g: ``[B, T, Hq, d]``, ``[B, T, H, d]``, ``[B, T, H, e]``, ``[B, T, H]`` or None; Hq may be 0.
         state: ``[N, D, e + 1]`` entering state with the normaliser as last column, or None for an empty one.
         keep_state: whether the final state is wanted.
 
@@ -61,8 +61,9 @@ def chunk_forward(
     y = q.new_empty(*q.shape[:-1], v.shape[-1], dtype=v.dtype)
     for start, end in _ranges(tokens, chunk_size):
         chunk = _load(q, k, v, log_g, start, end)
-        out, noise = _output(chunk, _weights(chunk, p)[0], state, p)
-        y[:, start:end] = from_heads(ratio(out, noise), batch, end - start)
+        if chunk.groups:
+            out, noise = _output(chunk, _weights(chunk, p)[0], state, p)
+            y[:, start:end] = from_heads(ratio(out, noise), batch, end - start)
         if keep_state or end < tokens:
             state = _next_state(chunk, state, p)
     return y, state if keep_state else None
@@ -95,13 +96,14 @@ def chunk_backward(
     for (start, end), state_in in zip(reversed(ranges), reversed(entering), strict=True):
         chunk = _load(q, k, v, log_g, start, end)
         grads = _Gradients.zeros_like(chunk)
-        weights, slope = _weights(chunk, p)
-        out, noise = _output(chunk, weights, state_in, p)
-        d_out = ratio_backward(to_heads(dy[:, start:end], k.shape[2], chunk.q.dtype), out, noise)
-        _within_backward(d_out, chunk, weights, slope, grads, p)
         d_leaving, d_state = d_state, None
-        if state_in is not None:
-            d_state = _read_backward(d_out, chunk, state_in, grads, p)
+        if chunk.groups:
+            weights, slope = _weights(chunk, p)
+            out, noise = _output(chunk, weights, state_in, p)
+            d_out = ratio_backward(to_heads(dy[:, start:end], k.shape[2], chunk.q.dtype), out, noise)
+            _within_backward(d_out, chunk, weights, slope, grads, p)
+            if state_in is not None:
+                d_state = _read_backward(d_out, chunk, state_in, grads, p)
         if d_leaving is not None:
             d_state = _next_state_backward(d_leaving, chunk, state_in, d_state, grads, p)
         dq[:, start:end] = from_heads(grads.q * chunk.q_scale, batch, end - start)
@@ -110,6 +112,21 @@ def chunk_backward(
         if dlog_g is not None:
             dlog_g[:, start:end] = gate_gradient(grads.gate, dlog_g[:, start:end])
     return dq, dk, dv, dlog_g, d_state
+
+
+def workspace(q: Tensor, k: Tensor, v: Tensor, p: int, chunk_size: int, *, needs_state: bool, backward: bool) -> int:
+    """Bytes that a call holds at most besides its inputs and results; an estimate from shapes, as of one run."""
+    (batch, tokens, query_heads, d), (heads, e) = q.shape, v.shape[2:]
+    wide = compute_dtype(q.dtype).itemsize
+    size = min(chunk_size or tokens, tokens)
+    width = state_width(d, p) if needs_state or size < tokens else 0
+    state = batch * heads * width * (e + 1) * wide
+    embedded = min(max(64, _EMBEDDED_ELEMENTS // max(width, 1)), query_heads // heads * size) * width * wide
+    scores = batch * query_heads * size * size * wide
+    pieces = batch * size * (query_heads * (2 * d + e) + heads * (d + e)) * wide
+    if not backward:
+        return 3 * state + 2 * scores + batch * heads * size * size * wide + pieces + embedded
+    return (-(-tokens // size) + 4) * state + 4 * scores + 2 * pieces + 3 * embedded
 
 
 @dataclass

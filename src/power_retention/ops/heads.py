@@ -27,14 +27,15 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def to_heads(x: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
     """``[B, c, H·r, w]`` → ``[B·H, r·c, w]`` in ``dtype``; query heads of one group lie one after another."""
     batch, tokens, all_heads, width = x.shape
-    x = x.to(dtype).view(batch, tokens, heads, all_heads // heads, width)
-    return x.permute(0, 2, 3, 1, 4).reshape(batch * heads, -1, width)
+    groups = all_heads // heads
+    x = x.to(dtype).view(batch, tokens, heads, groups, width)
+    return x.permute(0, 2, 3, 1, 4).reshape(batch * heads, groups * tokens, width)
 
 
 def from_heads(x: Tensor, batch: int, tokens: int) -> Tensor:
     """``[B·H, r·c, w]`` → ``[B, c, H·r, w]`` (a view)."""
     groups = x.shape[1] // tokens
-    x = x.view(batch, -1, groups, tokens, x.shape[-1])
+    x = x.view(batch, x.shape[0] // batch, groups, tokens, x.shape[-1])
     return x.permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 

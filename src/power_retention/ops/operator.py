@@ -89,6 +89,42 @@ def power_retention(
     return (y, PowerState(memory, normalizer, p, k.shape[-1])) if return_state else y
 
 
+def power_retention_state(
+    k: Tensor,
+    v: Tensor,
+    log_g: Tensor | None = None,
+    *,
+    p: int = 2,
+    chunk_size: int | None = None,
+    initial_state: PowerState | None = None,
+) -> PowerState:
+    """The state after the last token, without any output: what there is to say of a stretch of tokens to those behind it.
+
+    Args:
+        k: keys ``[B, T, H, d]``.
+        v: values ``[B, T, H, e]``.
+        log_g, p, chunk_size, initial_state: as in :func:`power_retention`.
+
+    Returns:
+        One row a sequence, in float32 (float64 for float64 inputs), with gradients.
+
+    Raises:
+        ArgumentError: an argument has the wrong shape, dtype or value, or there is no state at this power and width.
+        StateError: ``initial_state`` does not fit the call.
+    """
+    _check(k, k, v, log_g, p, None, chunk_size, None, None)
+    _check_has_state(k.shape[-1], p, chunk_size)
+    if initial_state is not None:
+        sizes = {"batch": k.shape[0], "heads": k.shape[2], "head_width": k.shape[-1], "value_width": v.shape[-1]}
+        check_state(initial_state, **sizes, p=p, device=k.device)
+    memory, normalizer = (None, None) if initial_state is None else initial_state[:2]
+    nobody = k[:, :, :0]
+    _, memory, normalizer = torch.ops.power_retention.retain(
+        nobody, k, v, log_g, memory, normalizer, None, p, _CHOOSE if chunk_size is None else chunk_size, True
+    )
+    return PowerState(memory, normalizer, p, k.shape[-1])
+
+
 def usual_chunk_size(tokens: int, head_width: int, p: int, *, needs_state: bool) -> int:
     """Tokens a chunk, 0 for the attention form, where no backend knows better.
 
@@ -175,7 +211,8 @@ def check_heads(q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None, *, axes: 
             f"not {list(log_g.shape)} in {log_g.dtype}."
         )
     # A look at values: only where it costs no synchronisation and breaks no graph.
-    if log_g.device.type == "cpu" and not torch.compiler.is_compiling() and bool((log_g > 0).any()):
+    real = type(log_g) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+    if log_g.device.type == "cpu" and real and bool((log_g > 0).any()):
         raise ArgumentError(
             f"log_g holds a gate above zero ({float(log_g.max()):.4g}): gates are natural logarithms of factors ≤ 1, "
             "log_g = logsigmoid(x) for example."

@@ -11,9 +11,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from types import FrameType
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 import torch
+from torch import nn
 
 from power_retention import __version__
 from power_retention.errors import OutputError, PowerRetentionError, RunInterrupted
@@ -23,7 +24,7 @@ from power_retention.training.checkpoint import Checkpoints, Place
 from power_retention.training.folder import RunFolder
 from power_retention.training.parallel import Ranks
 from power_retention.training.probes import Probes
-from power_retention.training.retraining import Metrics, Retraining
+from power_retention.training.retraining import Metrics
 
 MOST_SKIPPED = 5
 """Steps in a row without a finite loss after which a run goes back to its last checkpoint."""
@@ -53,8 +54,61 @@ class Progress:
     tokens_per_second: float
 
 
+class Schedule(Protocol):
+    """What a run does, as far as steps are counted; :class:`Recipe` is one."""
+
+    @property
+    def steps(self) -> int:
+        """In all."""
+        ...
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens read in one step."""
+        ...
+
+    def stage(self, step: int) -> str:
+        """The name of the stage that a step (counted from 0) belongs to."""
+        ...
+
+
+class Trained(Protocol):
+    """What a run steps: a :class:`~power_retention.training.retraining.Retraining`, or another that takes steps.
+
+    Attributes:
+        student: all parameters that a checkpoint must hold.
+        optimizer: of those that are trained.
+        ranks: of the run.
+        device: of this rank.
+        data_shift: step ``s`` is to read the data of step ``s + data_shift``.
+    """
+
+    ranks: Ranks
+    device: torch.device
+    data_shift: int
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """See above."""
+        ...
+
+    @property
+    def student(self) -> nn.Module:
+        """See above."""
+        ...
+
+    @property
+    def recipe(self) -> Schedule:
+        """See :class:`Schedule`."""
+        ...
+
+    def step(self, step: int) -> Metrics:
+        """Take optimiser step ``step`` (counted from 0)."""
+        ...
+
+
 def execute(
-    retraining: Retraining,
+    retraining: Trained,
     folder: RunFolder,
     *,
     watch: Callable[[Progress], None] | None = None,
@@ -100,7 +154,7 @@ class _Run:
 
     def __init__(
         self,
-        retraining: Retraining,
+        retraining: Trained,
         folder: RunFolder,
         records: _Records,
         watch: Callable[[Progress], None] | None,

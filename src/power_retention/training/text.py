@@ -194,9 +194,23 @@ def file_documents(path: Path, text_field: str) -> Iterator[str]:
     if path.name.endswith(TEXT_ENDINGS):
         yield text
         return
+    for where, record in _records(text, path):
+        yield text_of_record(record, text_field, where)
+
+
+def json_records(path: Path) -> list[tuple[str, Any]]:
+    """(where, record) of a JSON file: of its list, or of its lines.
+
+    Raises:
+        DataError: it cannot be read, or is not JSON.
+    """
+    return list(_records(_read_text(path), path))
+
+
+def _records(text: str, path: Path) -> Iterator[tuple[str, Any]]:
     records = _json_list(text, path) if path.suffix == ".json" else None
     for number, record in _json_lines(text, path) if records is None else records:
-        yield text_of_record(record, text_field, f"{path}, {number}")
+        yield f"{path}, {number}", record
 
 
 def _read_text(path: Path) -> str:

@@ -6,6 +6,7 @@ Kernels are reached through :func:`kernels`, so that importing this file does no
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import lru_cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -59,16 +60,18 @@ class TritonBackend:
 
     def chunk_size(self, call: Call, *, backward: bool) -> int:
         """Tokens a chunk, 0 for the attention form: the cheapest by what was measured on this GPU or its family."""
-        return call.chunk_size if call.p != 2 or call.q.device.type == "cpu" else cheapest_chunk(call, backward)
+        if call.p != 2 or call.q.device.type == "cpu":
+            return call.chunk_size
+        return cheapest_chunk(_with_queries(call), backward)
 
     def workspace(self, call: Call, *, backward: bool) -> dict[str, int]:
         """Bytes of the large tensors that a call needs besides its inputs and results, by name."""
-        return workspace(call, backward)
+        return workspace(_with_queries(call), backward)
 
     def forward(self, call: Call) -> tuple[Tensor, Tensor, Tensor]:
         with _on(call.q.device):
-            run = _prepare(call)
-            y = run.read()
+            run = _prepare(_with_queries(call))
+            y = run.read() if call.q.shape[2] else call.v.new_empty(*call.q.shape[:-1], call.v.shape[-1])
             nothing = y.new_empty(0, dtype=torch.float32)
             memory, normalizer = run.final_state() if call.return_state else (nothing, nothing.clone())
         return y[..., : call.v.shape[-1]].contiguous(), memory, normalizer
@@ -77,7 +80,11 @@ class TritonBackend:
         self, call: Call, dy: Tensor, d_memory: Tensor | None, d_normalizer: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
         with _on(call.q.device):
-            return _prepare(call).backward(dy, d_memory, d_normalizer)
+            if call.q.shape[2]:
+                return _prepare(call).backward(dy, d_memory, d_normalizer)
+            nobody = dy.new_zeros(*call.k.shape[:-1], call.v.shape[-1])
+            grads = _prepare(_with_queries(call)).backward(nobody, d_memory, d_normalizer)
+        return torch.empty_like(call.q), *grads[1:]
 
     def step(
         self, q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None, memory: Tensor, normalizer: Tensor
@@ -188,6 +195,11 @@ def _prepare(call: Call) -> Run:
     hopper = import_module("power_retention.ops.triton.hopper.run")
     run: Run = hopper.HopperRun(call) if hopper.covers(call) else Run(call)
     return run
+
+
+def _with_queries(call: Call) -> Call:
+    """The call itself, or, where it has no queries, one with some that are not looked at: no kernel is made for none."""
+    return call if call.q.shape[2] else replace(call, q=call.k)
 
 
 def _has_states(call: Call) -> bool:

@@ -65,6 +65,7 @@ class Effort:
     def usual(cls, device: torch.device) -> Effort:
         """What suits a device: a third of the free memory of a GPU, and one gigabyte of a computer's."""
         if device.type == "cuda":
+            torch.cuda.empty_cache()
             return cls(1 << 16, torch.cuda.mem_get_info(device)[0] // 3)
         return cls(1 << 11, 1 << 30)
 

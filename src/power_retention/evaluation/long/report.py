@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from power_retention.evaluation.long.asking import Answer
+from power_retention.evaluation.long.suite import TASKS
 from power_retention.evaluation.long.tree import WITH, WITHOUT
 from power_retention.evaluation.recovery import Estimate, mean
 
@@ -23,8 +24,8 @@ def task_reports(answers: Mapping[str, Sequence[Answer]], missing: Mapping[str, 
         answers: of each model to the same questions, or to those within its window.
         missing: why lengths have no contexts.
     """
-    tasks = list(dict.fromkeys(answer.context.task for given in answers.values() for answer in given))
-    return {task: _task(task, answers, missing.get(task, {})) for task in dict.fromkeys([*tasks, *missing])}
+    asked = {answer.context.task for given in answers.values() for answer in given}
+    return {task: _task(task, answers, missing.get(task, {})) for task in TASKS if task in asked or task in missing}
 
 
 def _task(task: str, answers: Mapping[str, Sequence[Answer]], missing: Mapping[int, str]) -> dict[str, Any]:

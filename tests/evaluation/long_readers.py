@@ -69,7 +69,7 @@ class LookUp(TextReader):
 
     def next_token(self, ids: list[int]) -> Tensor:
         context, _, question = self.encoder.decode(ids).rpartition("\n\nQuestion:")
-        prompt = re.match(r"[^\n]*\nAnswer: .*?(:| is in the| is)(?= |$)", question, re.DOTALL)
+        prompt = re.match(r"[^\n]*\nAnswer: .*?(:| is in the| last went to the| is| are)(?= |$)", question, re.DOTALL)
         assert prompt is not None, question
         wanted = self.encoder.after(prompt[0], self.answer(context, prompt[0]))
         said = max(k for k in range(len(wanted) + 1) if ids[len(ids) - k :] == wanted[:k])
@@ -102,7 +102,7 @@ def variables(context: str, question: str) -> str:
         if source in found:
             found.append(name)
             names.append(name)
-    return " " + " ".join(names)
+    return " " + ", ".join(f"VAR {name}" for name in names)
 
 
 def listed_words(context: str, question: str) -> str:
@@ -122,7 +122,7 @@ def places(context: str, question: str) -> str:
     at: dict[str, str] = {}
     carrier: dict[str, str] = {}
     for name, went, took, put in re.findall(
-        r"([A-Z][a-z]+) (?:(?:went|walked|travelled|returned) to the (\w+)\.|took the (\w+) there|put down the (\w+) there)",
+        r"([A-Z][a-z]+) (?:went to the (\w+)\.|took the (\w+) there|put down the (\w+) there)",
         context,
     ):
         if went:

@@ -147,7 +147,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> SourceTree:
 
 class TestSourceTree:
     def test_names_are_known_from_the_defining_file_alone(self, tree: SourceTree, encoder: Encoder) -> None:
-        there, gone = tree.contexts(encoder, 6000, DEPTHS, 0)
+        there, gone = tree.contexts(encoder, 6000, 0)
         assert len(there.ids) == len(gone.ids)
         for context, variant in ((there, WITH), (gone, WITHOUT)):
             text = encoder.decode(context.ids)
@@ -160,11 +160,11 @@ class TestSourceTree:
                 assert question.candidates[0] == name
                 assert len(set(question.candidates)) == 4
         assert [q.text for q in there.questions] == [q.text for q in gone.questions]
-        assert len(there.questions) == 6
+        assert len(there.questions) == 4
 
     def test_a_short_context_is_refused(self, tree: SourceTree, encoder: Encoder) -> None:
         with pytest.raises(TooShortError, match="half"):
-            tree.contexts(encoder, 300, DEPTHS, 0)
+            tree.contexts(encoder, 300, 0)
 
     def test_a_tree_without_uses_is_refused(self, tmp_path: Path) -> None:
         for i in range(12):

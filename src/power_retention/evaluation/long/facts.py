@@ -19,8 +19,6 @@ OBJECTS = ("lantern", "violin", "kettle")
 STEPS = 12
 ONE_FACT, TWO_FACTS = "one fact", "two facts"
 
-_WALKED = ("went to", "walked to", "travelled to", "returned to")
-
 
 def facts(haystack: Haystack, length: int, depths: Sequence[float], seed: int) -> list[Context]:
     """One context with a story in it, and a question for everyone and everything that it tells about; see the module."""
@@ -28,12 +26,15 @@ def facts(haystack: Haystack, length: int, depths: Sequence[float], seed: int) -
     encoder = haystack.encoder
     told, people, objects = tell(rng)
     questions = [
-        *(_question(f"{name}", place, ONE_FACT) for name, place in people.items()),
-        *(_question(f"the {name}", place, TWO_FACTS) for name, place in objects.items()),
+        *(_question(name, f"{name} last went to the", place, ONE_FACT) for name, place in people.items()),
+        *(_question(f"the {name}", f"The {name} is in the", place, TWO_FACTS) for name, place in objects.items()),
     ]
     head = encoder(
         "Hidden in the text below is where people go and what they carry. What comes later holds. "
         "What somebody carries is where they are.\n\n"
+        "Example: Fiona went to the cellar. Fiona took the hat there. Fiona went to the attic.\n"
+        "Question: Where is Fiona?\nAnswer: Fiona last went to the attic.\n"
+        "Question: Where is the hat?\nAnswer: The hat is in the attic.\n\n"
     )
     planted = [encoder(f" {sentence}") for sentence in told]
     room = room_for(encoder, length, questions, head, *planted)
@@ -51,11 +52,10 @@ def facts(haystack: Haystack, length: int, depths: Sequence[float], seed: int) -
     ]
 
 
-def _question(subject: str, place: str, variant: str) -> Question:
-    begun = subject[0].upper() + subject[1:]
+def _question(subject: str, begun: str, place: str, variant: str) -> Question:
     others = [other for other in PLACES if other != place]
     return Question(
-        f"\n\nQuestion: Where is {subject}?\nAnswer: {begun} is in the",
+        f"\n\nQuestion: Where is {subject}?\nAnswer: {begun}",
         (place,),
         tuple(f" {name}" for name in (place, *others)),
         guess=1 / len(PLACES),
@@ -72,7 +72,7 @@ def tell(rng: random.Random) -> tuple[list[str], dict[str, str], dict[str, str]]
     for step in range(STEPS):
         name = PEOPLE[step] if step < len(PEOPLE) else rng.choice(PEOPLE)
         place[name] = rng.choice([other for other in PLACES if other != place.get(name)])
-        sentences.append(f"{name} {rng.choice(_WALKED)} the {place[name]}.")
+        sentences.append(f"{name} went to the {place[name]}.")
         carried = [thing for thing, by in carrier.items() if by == name]
         free = [t for t in OBJECTS if t not in carrier and left.get(t, place[name]) == place[name]]
         if carried and rng.random() < 0.5:

@@ -58,7 +58,7 @@ def _draw_tasks(tasks: Mapping[str, Any], plt: Any) -> Any:
         for axis, kind, chance in zip(column, ("generation", "likelihood"), ("guess", "chance"), strict=True):
             guesses = [_any(models)[chance] for models in task["lengths"].values()]
             axis.plot(lengths, guesses, ":", color="#555555", lw=1, label="guessing")
-            for model in MODELS:
+            for model in reversed(MODELS):  # what matters most on top
                 points = [
                     (int(length), models[model][kind])
                     for length, models in task["lengths"].items()
@@ -71,8 +71,17 @@ def _draw_tasks(tasks: Mapping[str, Any], plt: Any) -> Any:
         column[1].set_xlabel("tokens")
     axes[0][0].set_ylabel("recalled, by generation")
     axes[1][0].set_ylabel("chosen, by likelihood")
-    axes[0][-1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    _legend(figure, axes)
     return figure
+
+
+def _legend(figure: Any, axes: Any) -> None:
+    """One for all axes: not every model is in each."""
+    labels = {
+        label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    order = [name for name in (*MODELS, "guessing") if name in labels]
+    figure.legend([labels[name] for name in order], order, frameon=False, fontsize=8, loc="outside right upper")
 
 
 def _line(axis: Any, model: str, points: list[tuple[int, dict[str, float | None]]]) -> None:
@@ -129,7 +138,7 @@ def _draw_positions(streams: Mapping[str, Any], plt: Any) -> Any:
     )
     for axis, (name, stream) in zip(axes[0], streams.items(), strict=True):
         stops: set[int] = set()
-        for model in MODELS:
+        for model in reversed(MODELS):
             bins = stream["models"].get(model, [])
             if bins:
                 x = [entry["stop"] for entry in bins]
@@ -142,7 +151,7 @@ def _draw_positions(streams: Mapping[str, Any], plt: Any) -> Any:
         axis.set_xlabel("position, tokens (end of bin)")
         axis.grid(alpha=0.25)
     axes[0][0].set_ylabel("loss, nats a token")
-    axes[0][-1].legend(frameon=False, fontsize=8)
+    _legend(figure, axes)
     return figure
 
 

@@ -104,10 +104,9 @@ def _chain(rng: random.Random, chain: Sequence[str], decoys: Sequence[str]) -> t
     ]
     lists = [chain, *(decoys[i : i + len(chain)] for i in range(0, len(decoys), len(chain)))]
     question = Question(
-        f"\n\nQuestion: Which variables have the value {value}?\n"
-        f"Answer: {len(chain)} variables have the value {value}:",
+        f"\n\nQuestion: Which variables have the value {value}?\nAnswer: The {len(chain)} variables with the value {value} are",
         tuple(chain),
-        tuple(" " + " ".join(names) for names in lists),
+        tuple(" " + ", ".join(f"VAR {name}" for name in names) for names in lists),
     )
     return statements, question
 

@@ -87,7 +87,7 @@ def write_contexts(
         try:
             if task == IDENTIFIERS:
                 assert tree is not None
-                contexts += tree.contexts(haystack.encoder, length, grid.places, seed)
+                contexts += tree.contexts(haystack.encoder, length, seed)
             else:
                 contexts += GENERATORS[task](haystack, length, grid.places, seed)
         except TooShortError as reason:

@@ -1,9 +1,9 @@
 """Identifiers across the files of a real source tree: is a name known because the file that defines it has been read?
 
 The tree is Python, by default the standard library of the interpreter.  A context is files of it, one after another, among them
-one that defines names; asked is ``module.`` in another file, at its first use of such a name, which occurs in no other file of
-the context.  The same is asked after the same files without the defining one: what the model knows by heart, and what the
-surrounding line gives away, counts there too.
+up to four that define names which others use; asked is ``module.`` in another file, at its first use of such a name, which
+occurs in no other file of the context.  The same is asked after other files alone: what the model knows by heart, and what
+the surrounding lines give away, counts there too.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ WITH, WITHOUT = "with the defining file", "without it"
 SHOWN = 400
 """Characters of the using file before a use."""
 
-_MOST_QUESTIONS = 6
+_MOST_FILES = 4
+_NAMES_A_FILE = 4
 _DECOYS = 3
 _SKIPPED = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "node_modules"})
 _DEFINITION = re.compile(r"^(?:async +def|def|class) +([a-zA-Z]\w{3,})", re.MULTILINE)
@@ -104,49 +105,52 @@ class SourceTree:
         """All files in a random order, as text."""
         return [file.shown() for file in random.Random(f"tree {seed}").sample(self.files, len(self.files))]
 
-    def contexts(self, encoder: Encoder, length: int, depths: Sequence[float], seed: int) -> list[Context]:
-        """Two contexts of ``length`` tokens, with the defining file and without it, and the same questions; see the module.
+    def contexts(self, encoder: Encoder, length: int, seed: int) -> list[Context]:
+        """Two contexts of ``length`` tokens, with the defining files and without them, and the same questions; see the module.
 
         Raises:
-            TooShortError: no defining file takes less than half of the tokens.
+            TooShortError: no file that others use takes less than half of the tokens.
         """
-        rng = random.Random(f"tree {length} {seed}")
-        for module in rng.sample(sorted(self.uses), len(self.uses)):
-            defining = self._named[module]
-            if len(defining.text) > 4 * length:
-                continue
-            written = encoder(defining.shown())
-            if len(written) > length // 2:
-                continue
-            chosen = _one_a_name(rng.sample(self.uses[module], len(self.uses[module])))
-            place = rng.choice(depths)
-            try:
-                return [
-                    self._context(encoder, length, seed, chosen, written if there else [], variant, place)
-                    for there, variant in ((True, WITH), (False, WITHOUT))
-                ]
-            except TooShortError:
-                continue
-        raise TooShortError(f"no file that others use takes less than half of {length} tokens")
+        defining, written = self._choose(encoder, length, random.Random(f"files {length} {seed}"))
+        uses = self._asked(defining, random.Random(f"uses {length} {seed}"))
+        if not uses:
+            raise TooShortError(f"no file that others use takes less than half of {length} tokens")
+        contexts = []
+        for there, variant in ((written, WITH), ([], WITHOUT)):
+            rng = random.Random(f"tree {length} {seed}")
+            questions = [self._question(use, variant, rng) for use in uses]
+            room = room_for(encoder, length, questions, *there)
+            filler = self._fill(encoder, room, uses, defining, rng)
+            for piece in there:
+                filler.insert(rng.randrange(len(filler) + 1), piece)
+            contexts.append(finish("identifiers", length, seed, encoder, flat(filler), questions))
+        return contexts
 
-    def _context(
-        self,
-        encoder: Encoder,
-        length: int,
-        seed: int,
-        uses: Sequence[Use],
-        written: list[int],
-        variant: str,
-        depth: float,
-    ) -> Context:
-        rng = random.Random(f"tree {length} {seed} {uses[0].name}")
-        questions = [self._question(use, variant, rng) for use in uses]
-        room = room_for(encoder, length, questions, written)
-        hidden = {use.name for use in uses}
-        filler = self._fill(encoder, room, hidden, {use.file.path for use in uses}, rng)
-        place = round(depth * len(filler))
-        ids = flat([*filler[:place], written, *filler[place:]])
-        return finish("identifiers", length, seed, encoder, ids, questions)
+    def _choose(self, encoder: Encoder, length: int, rng: random.Random) -> tuple[list[SourceFile], list[list[int]]]:
+        """Files that define what others use, and their ids: a few, half of the context together."""
+        files: list[SourceFile] = []
+        written: list[list[int]] = []
+        for module in rng.sample(sorted(self.uses), len(self.uses)):
+            file = self._named[module]
+            left = length // 2 - sum(map(len, written))
+            if len(file.text) > 8 * left or len(files) == _MOST_FILES:
+                continue
+            ids = encoder(file.shown())
+            if len(ids) <= left:
+                files.append(file)
+                written.append(ids)
+        return files, written
+
+    def _asked(self, defining: Sequence[SourceFile], rng: random.Random) -> list[Use]:
+        """Uses of a few names of each file, outside of these files, that occur in none of them but the defining one."""
+        chosen = []
+        for file in defining:
+            uses = self.uses[file.module]
+            by_name = {use.name: use for use in rng.sample(uses, len(uses)) if use.file not in defining}
+            others = [other.text for other in defining if other is not file]
+            names = [name for name in sorted(by_name) if not any(_word_in(name, text) for text in others)]
+            chosen += [by_name[name] for name in rng.sample(names, min(_NAMES_A_FILE, len(names)))]
+        return chosen
 
     def _question(self, use: Use, variant: str, rng: random.Random) -> Question:
         before = use.file.text[max(0, use.at - SHOWN) : use.at]
@@ -166,26 +170,20 @@ class SourceTree:
         return match[1]
 
     def _fill(
-        self, encoder: Encoder, tokens: int, hidden: set[str], users: set[str], rng: random.Random
+        self, encoder: Encoder, tokens: int, uses: Sequence[Use], defining: Sequence[SourceFile], rng: random.Random
     ) -> list[list[int]]:
-        """Files in a random order that have none of the names, so many tokens; the last one is cut at its end."""
+        """So many tokens of other files in a random order that have none of the names; the last one is cut at its end."""
+        names = {use.name for use in uses}
+        left_out = {file.path for file in (*defining, *(use.file for use in uses))}
         pieces: list[list[int]] = []
         left = tokens
         for file in rng.sample(self.files, len(self.files)):
-            if left == 0:
-                return pieces
-            if file.path in users or any(_word_in(name, file.text) for name in hidden):
-                continue
-            pieces.append(encoder(file.shown()[: 16 * left])[:left])
-            left -= len(pieces[-1])
+            if left and file.path not in left_out and not any(_word_in(name, file.text) for name in names):
+                pieces.append(encoder(file.shown()[: 16 * left])[:left])
+                left -= len(pieces[-1])
         if left:
             raise TooShortError(f"all other files together are {left:,} tokens too few")
         return pieces
-
-
-def _one_a_name(uses: Sequence[Use]) -> list[Use]:
-    """The first use of each name, a few."""
-    return list({use.name: use for use in reversed(uses)}.values())[:_MOST_QUESTIONS]
 
 
 def _word_in(name: str, text: str) -> bool:

@@ -56,7 +56,7 @@ class TestGenerators:
     def test_contexts_are_as_long_as_they_say(self, task: str, haystack: Haystack) -> None:
         for context in make(task, haystack):
             assert context.task == task
-            whole = len(context.ids) + haystack.encoder.room(context.questions)
+            whole = len(context.ids) + haystack.encoder.room(context.questions, context.length)
             assert context.length - 48 <= whole <= context.length
 
     def test_a_seed_has_its_own_texts_and_the_same_ones_again(self, task: str, haystack: Haystack) -> None:
@@ -151,7 +151,7 @@ class TestSourceTree:
         assert len(there.ids) == len(gone.ids)
         for context, variant in ((there, WITH), (gone, WITHOUT)):
             text = encoder.decode(context.ids)
-            assert len(context.ids) + encoder.room(context.questions) == 6000
+            assert len(context.ids) + encoder.room(context.questions, 6000) == 6000
             for question in context.questions:
                 (name,) = question.answers
                 assert (f"def {name}(" in text) == (variant == WITH)

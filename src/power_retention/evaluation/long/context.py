@@ -19,8 +19,8 @@ _SENTENCE = re.compile(r"(?<=[.!?])\s+")
 _WORD = re.compile(r"\b[a-z]{4,9}\b")
 _BATCH = 256
 _LEAD = "\n"
-ROOM_STEP = 16
-"""Room for question and answer is rounded up to so many tokens: contexts of a task are then equally long and read at once."""
+ROOM_STEPS = {0: 16, 2048: 128}
+"""From a length on, room for question and answer is rounded up to so many tokens: equally long contexts are read at once."""
 
 
 class TooShortError(Exception):
@@ -117,13 +117,14 @@ class Encoder:
         """Text of ids."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
-    def room(self, questions: Iterable[Question]) -> int:
-        """Tokens that the longest question with its longest answer takes, rounded up."""
+    def room(self, questions: Iterable[Question], length: int) -> int:
+        """Tokens that the longest question with its longest answer takes of ``length``, rounded up."""
         most = 0
         for question in questions:
             longest = max(len(self.after(question.text, candidate)) for candidate in question.candidates)
             most = max(most, len(self(question.text)) + longest)
-        return -(-most // ROOM_STEP) * ROOM_STEP
+        step = max((start, step) for start, step in ROOM_STEPS.items() if start <= length)[1]
+        return -(-most // step) * step
 
 
 class Haystack:
@@ -230,7 +231,7 @@ def room_for(encoder: Encoder, length: int, questions: Sequence[Question], *writ
     Raises:
         TooShortError: there are none.
     """
-    left = length - encoder.room(questions) - len(encoder.start) - sum(map(len, written))
+    left = length - encoder.room(questions, length) - len(encoder.start) - sum(map(len, written))
     if left < 0:
         raise TooShortError(f"{length} tokens are {-left} too few")
     return left

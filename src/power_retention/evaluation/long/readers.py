@@ -126,7 +126,7 @@ class StateReader(Reader):
         return Memory(cache, memory.lengths[rows])
 
     def segment(self, rows: int, tokens_at_once: int) -> int | None:
-        return max(tokens_at_once // rows, 64)
+        return _even(tokens_at_once // rows)
 
     def _hidden(self, memory: Memory, ids: Tensor, valid: Tensor | None) -> Tensor:
         hidden: Tensor = self.model.model(
@@ -217,7 +217,7 @@ class WindowReader(Reader):
         return Memory(Cache(layers=layers), memory.lengths[rows], memory.places[rows])
 
     def segment(self, rows: int, tokens_at_once: int) -> int | None:
-        return max(min(tokens_at_once // rows, self.window // 2), 16)
+        return _even(min(tokens_at_once // rows, self.window // 2))
 
     def _hidden(self, memory: Memory, ids: Tensor, valid: Tensor | None) -> Tensor:
         assert memory.places is not None
@@ -312,6 +312,11 @@ class _KeptKeys(CacheLayerMixin):
 
     def crop(self, *args: Any) -> NoReturn:
         raise NotImplementedError
+
+
+def _even(tokens: int) -> int:
+    """A segment that kernels like: a multiple of 256 where it is long enough."""
+    return tokens - tokens % 256 if tokens >= 256 else max(tokens, 16)
 
 
 def matched_window(student: PowerRetentionForCausalLM, teacher: PreTrainedModel) -> int:

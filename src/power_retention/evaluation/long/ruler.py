@@ -13,7 +13,9 @@ from __future__ import annotations
 import math
 import random
 import string
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 from power_retention.evaluation.long.context import (
     Context,
@@ -85,7 +87,7 @@ def variable_tracking(haystack: Haystack, length: int, depths: Sequence[float], 
     statements, question = _chain(rng, chain, decoys)
     planted = [encoder(statement) for statement in statements]
     room = room_for(encoder, length, [question], shown, *planted)
-    if len(head) * 4 > room:
+    if len(head) * 3 > room:
         head = []
     filler = _repeated(encoder(_PLAIN), room - len(head))
     depths_drawn = sorted(rng.random() for _ in statements)
@@ -114,7 +116,7 @@ def _chain(rng: random.Random, chain: Sequence[str], decoys: Sequence[str]) -> t
 def _chain_example(rng: random.Random, encoder: Encoder) -> list[int]:
     """A short context with its question and answer, which shows what is wanted."""
     statements, question = _chain(rng, _names(rng, HOPS + 1, letters=3), [])
-    text = "".join(statement + _PLAIN for statement in statements)
+    text = " The door is open.".join(statements)
     return encoder(f"{_TRACK}{text}{question.text}{question.candidates[0]}\n\n")
 
 
@@ -144,7 +146,7 @@ def common_words(haystack: Haystack, length: int, depths: Sequence[float], seed:
     example = _list_example(rng, pool[-40:], encoder)
     if len(example) * 4 > room:
         example = []
-    words = _list_words(rng, encoder, common * often, others[: len(others) - 40], seldom, room - len(example))
+    words = _list_words(rng, encoder, common, others[:-40], (often, seldom), room - len(example))
     different = len(set(words))
     if different < 2 * COMMON:
         raise TooShortError(f"{different} different words fit")
@@ -173,40 +175,57 @@ def _numbered(encoder: Encoder, words: Sequence[str]) -> list[int]:
 
 
 def _list_words(
-    rng: random.Random, encoder: Encoder, common: list[str], others: Sequence[str], times: int, room: int
+    rng: random.Random,
+    encoder: Encoder,
+    common: Sequence[str],
+    others: Sequence[str],
+    times: tuple[int, int],
+    room: int,
 ) -> list[str]:
-    """Common words and as many others as fit when all are numbered, shuffled."""
+    """Common words and as many others as fit when all are numbered, shuffled.
+
+    Raises:
+        TooShortError: not even the common ones fit, or there are too few others to come near the length.
+    """
+    often, seldom = times
+    others = others[: room // seldom]
     order = rng.random()
+    numbers = _sizes(encoder, [f" {i}." for i in range(1, often * len(common) + seldom * len(others) + 1)])
+    of_common, of_others = (
+        _sizes(encoder, [f" {word}" for word in common])[-1],
+        _sizes(encoder, [f" {w}" for w in others]),
+    )
+
+    def size(count: int) -> int:
+        return numbers[often * len(common) + seldom * count] + often * of_common + seldom * of_others[count]
 
     def draw(count: int) -> list[str]:
-        words = common + [word for word in others[:count] for _ in range(times)]
+        words = [*common] * often + [word for word in others[:count] for _ in range(seldom)]
         random.Random(order).shuffle(words)
         return words
 
-    return draw(_most_that_fits(lambda count: len(_numbered(encoder, draw(count))), room, len(others)))
+    return draw(_most_that_fits(size, lambda count: len(_numbered(encoder, draw(count))), room, len(others)))
 
 
-def _most_that_fits(size: Callable[[int], int], room: int, most: int) -> int:
-    """The count whose size comes within half a percent of the room, or 16, without passing it; sizes are nearly linear.
+def _sizes(encoder: Encoder, words: Sequence[str]) -> list[int]:
+    """Tokens of the first 0, 1, 2, … words."""
+    return [0, *accumulate(len(ids) for ids in encoder.many(words))]
+
+
+def _most_that_fits(estimate: Callable[[int], int], size: Callable[[int], int], room: int, most: int) -> int:
+    """The largest count whose tokens fit: by a quick estimate, of which what merges across words is taken back.
 
     Raises:
         TooShortError: none fits, or the largest count leaves more than a tenth of the room empty.
     """
-    base, low, high = size(0), 0, most + 1
-    if base > room:
-        raise TooShortError(f"what comes often alone takes {base:,} of {room:,} tokens")
-    held, guess = base, min(most, 64)
-    while room - held > max(16, room // 200) and low + 1 < high:
-        taken = size(guess)
-        if taken <= room:
-            low, held = guess, taken
-        else:
-            high = guess
-        guess = int((room - base) / max((taken - base) / guess, 1e-9))
-        guess = min(max(guess, low + 1), high - 1)
-    if low == most and held < 0.9 * room:
-        raise TooShortError(f"{most:,} words fill {held:,} of {room:,} tokens")
-    return low
+    count = bisect_right(range(most + 1), room, key=estimate) - 1
+    while count >= 0 and size(count) > room:
+        count -= 1 + count // 50
+    if count < 0:
+        raise TooShortError(f"what comes often alone takes {estimate(0):,} of {room:,} tokens")
+    if count == most and size(count) < 0.9 * room:
+        raise TooShortError(f"{most:,} words fill {size(count):,} of {room:,} tokens")
+    return count
 
 
 def _list_example(rng: random.Random, words: Sequence[str], encoder: Encoder) -> list[int]:
@@ -229,17 +248,25 @@ def frequent_words(haystack: Haystack, length: int, depths: Sequence[float], see
     order = rng.random()
 
     def draw(count: int) -> list[str]:
-        row = [word for rank, word in enumerate(words, 1) for _ in range(int(count / (rank**2 * ZETA_OF_2)))]
+        row = [word for word, times in zip(words, _zeta_counts(count, len(words)), strict=True) for _ in range(times)]
         random.Random(order).shuffle(row)
         return row
 
     head = encoder("\nBelow is a text of coded words. Count how often each of them comes.\n\n")
+    sizes = [len(ids) for ids in encoder.many([f" {word}" for word in (*words, *spare)])]
     possible = [*words[1 : 4 + 3 * _DECOYS], *spare]
     widest = max(possible, key=lambda word: len(encoder(f" {word}")))
     room = room_for(encoder, length, [_coded_question([widest] * 3, [], 1.0)], head)
-    row = draw(_most_that_fits(lambda count: len(encoder.joined(draw(count))), room, room))
+    count = _most_that_fits(
+        lambda count: sum(times * size for times, size in zip(_zeta_counts(count, len(words)), sizes, strict=False)),
+        lambda count: len(encoder.joined(draw(count))),
+        room,
+        room,
+    )
+    row = draw(count)
     text = encoder.joined(row)
-    present = [word for word in words[1:] if word in set(row)]
+    drawn = set(row)
+    present = [word for word in words[1:] if word in drawn]
     if len(present) < 5:
         raise TooShortError(f"{len(present)} different coded words fit")
     rest = [*present[3:], *spare]
@@ -247,6 +274,11 @@ def frequent_words(haystack: Haystack, length: int, depths: Sequence[float], see
     question = _coded_question(present[:3], decoys, 3 / len(present))
     ids = flat(haystack.fill(room - len(text), rng)) + head + text
     return [finish("frequent words", length, seed, encoder, ids, [question])]
+
+
+def _zeta_counts(total: int, words: int) -> list[int]:
+    """How often each of so many words comes among so many, the most frequent first."""
+    return [int(total / (rank**2 * ZETA_OF_2)) for rank in range(1, words + 1)]
 
 
 def _coded_question(wanted: Sequence[str], decoys: Sequence[Sequence[str]], guess: float) -> Question:

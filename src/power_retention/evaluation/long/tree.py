@@ -115,16 +115,20 @@ class SourceTree:
         uses = self._asked(defining, random.Random(f"uses {length} {seed}"))
         if not uses:
             raise TooShortError(f"no file that others use takes less than half of {length} tokens")
-        contexts = []
-        for there, variant in ((written, WITH), ([], WITHOUT)):
-            rng = random.Random(f"tree {length} {seed}")
-            questions = [self._question(use, variant, rng) for use in uses]
-            room = room_for(encoder, length, questions, *there)
-            filler = self._fill(encoder, room, uses, defining, rng)
-            for piece in there:
-                filler.insert(rng.randrange(len(filler) + 1), piece)
-            contexts.append(finish("identifiers", length, seed, encoder, flat(filler), questions))
-        return contexts
+        asked = {variant: self._questions(uses, variant, seed) for variant in (WITH, WITHOUT)}
+        rng = random.Random(f"tree {length} {seed}")
+        others = self._fill(encoder, room_for(encoder, length, asked[WITHOUT]), uses, defining, rng)
+        files = _first(others, room_for(encoder, length, asked[WITH], *written))
+        for piece in written:
+            files.insert(rng.randrange(len(files) + 1), piece)
+        return [
+            finish("identifiers", length, seed, encoder, flat(pieces), asked[variant])
+            for variant, pieces in ((WITH, files), (WITHOUT, others))
+        ]
+
+    def _questions(self, uses: Sequence[Use], variant: str, seed: int) -> list[Question]:
+        rng = random.Random(f"names {seed}")
+        return [self._question(use, variant, rng) for use in uses]
 
     def _choose(self, encoder: Encoder, length: int, rng: random.Random) -> tuple[list[SourceFile], list[list[int]]]:
         """Files that define what others use, and their ids: a few, half of the context together."""
@@ -184,6 +188,16 @@ class SourceTree:
         if left:
             raise TooShortError(f"all other files together are {left:,} tokens too few")
         return pieces
+
+
+def _first(pieces: Sequence[list[int]], tokens: int) -> list[list[int]]:
+    """So many tokens of the pieces, the last one cut at its end."""
+    found: list[list[int]] = []
+    for piece in pieces:
+        if tokens:
+            found.append(piece[:tokens])
+            tokens -= len(found[-1])
+    return found
 
 
 def _word_in(name: str, text: str) -> bool:

@@ -58,6 +58,7 @@ def test_report_figures_and_tables(
     config = PowerRetentionConfig.from_pretrained(converted)
     assert long["models"]["student"]["bytes"] == state_bytes(config, activation_bytes=4)
     assert long["models"]["teacher"]["longest"] == 512
+    assert long["models"]["untrained"]["start"] == "hard swap"
     assert long["models"]["sliding window"]["window"] == state_bytes(config) // (5 * 4 * 2 * 8 * 2)
 
     assert list(long["tasks"]) == ["needle", "facts", "identifiers"]

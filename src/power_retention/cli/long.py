@@ -124,7 +124,7 @@ def run_long(
     from power_retention.evaluation.long.asking import Effort, ask
     from power_retention.evaluation.long.context import Encoder
     from power_retention.evaluation.long.positions import losses_by_position
-    from power_retention.evaluation.long.report import shortfalls, task_reports
+    from power_retention.evaluation.long.report import UNTRAINED, shortfalls, task_reports
     from power_retention.evaluation.long.suite import write_contexts
 
     grid, encoder = options.grid(), Encoder(source.tokenizer)
@@ -142,6 +142,8 @@ def run_long(
         with opened() as reader:
             effort = Effort.usual(reader.device)
             kept[name] = {"longest": reader.longest, **_held(reader, contexts)}
+            if name == UNTRAINED:
+                kept[name]["start"] = "calibrated" if _was_calibrated(folder) else "hard swap"
             with progress_bar(f"Long contexts, {name}") as update:
                 answers[name] = ask(reader, contexts, encoder, effort, update)
             for stream, (ids, _) in streams.items():
@@ -237,11 +239,18 @@ def _untrained(student: PowerRetentionForCausalLM, source: Source, folder: Path)
     from power_retention.conversion.convert import CALIBRATION, hard_swap
     from power_retention.conversion.swap import swap_attention
 
-    if not ((folder / "run").exists() and (folder / CALIBRATION).exists()):
+    if not _was_calibrated(folder):
         return hard_swap(source.model, student.config.power)
     model = swap_attention(copy.deepcopy(source.model), p=student.config.power)
     apply_calibration(model, folder / CALIBRATION)
     return model
+
+
+def _was_calibrated(folder: Path) -> bool:
+    """Whether this is a retrained model, and the calibrated conversion that it started from can be made again."""
+    from power_retention.conversion.convert import CALIBRATION
+
+    return (folder / "run").exists() and (folder / CALIBRATION).exists()
 
 
 def _held(reader: Reader, contexts: list[Context]) -> dict[str, Any]:
@@ -298,6 +307,8 @@ def _show_positions(stream: str, entry: Mapping[str, Any], models: list[str]) ->
 
 
 def _show_remarks(report: Mapping[str, Any]) -> None:
+    if start := report["models"].get("untrained", {}).get("start"):
+        results.print(f"Untrained: the {'calibrated conversion' if start == 'calibrated' else 'hard swap'}.")
     gains = report["tasks"].get("identifiers", {}).get("lengths", {})
     for length, row in gains.items():
         parts = [f"{m} {x['gain_nats']['value']:+.2f}" for m, x in row.items() if x and "gain_nats" in x]

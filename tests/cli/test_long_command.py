@@ -59,6 +59,8 @@ def test_report_figures_and_tables(
     assert long["models"]["student"]["bytes"] == state_bytes(config, activation_bytes=4)
     assert long["models"]["teacher"]["longest"] == 512
     assert long["models"]["untrained"]["start"] == "hard swap"
+    matched = long["models"]["sliding window"]["bytes"]
+    assert matched == pytest.approx(long["models"]["student"]["bytes"], rel=0.05)
     assert long["models"]["sliding window"]["window"] == state_bytes(config) // (5 * 4 * 2 * 8 * 2)
 
     assert list(long["tasks"]) == ["needle", "facts", "identifiers"]

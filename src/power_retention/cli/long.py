@@ -254,11 +254,13 @@ def _was_calibrated(folder: Path) -> bool:
 
 
 def _held(reader: Reader, contexts: list[Context]) -> dict[str, Any]:
-    """Bytes that one reading of the longest context keeps, and the window of one that has one."""
+    """Bytes that one reading of the longest context keeps; the window of one that has one, in two bytes an element."""
+    from power_retention.evaluation.long.readers import WindowReader, kept_bytes
+
     lengths = [x.length for x in contexts if reader.longest is None or x.length <= reader.longest]
-    held = {"bytes": reader.bytes_a_row(max(lengths, default=0))}
-    window = getattr(reader, "window", None)
-    return held if window is None else {"bytes": reader.bytes_a_row(window), "window": window}
+    if isinstance(reader, WindowReader):
+        return {"bytes": reader.window * kept_bytes(reader.model, element_bytes=2), "window": reader.window}
+    return {"bytes": reader.bytes_a_row(max(lengths, default=0))}
 
 
 def _positions(ids: Tensor, held_out: bool, losses: Mapping[str, Any], models: Mapping[str, Any]) -> dict[str, Any]:

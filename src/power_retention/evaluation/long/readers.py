@@ -151,7 +151,7 @@ class AttentionReader(Reader):
         self.longest = int(model.config.max_position_embeddings)
 
     def bytes_a_row(self, tokens: int) -> int:
-        return tokens * _kept_bytes(self.model)
+        return tokens * kept_bytes(self.model)
 
     def begin(self, rows: int) -> Memory:
         return Memory(DynamicCache(config=self.model.config), torch.zeros(rows, dtype=torch.long, device=self.device))
@@ -204,7 +204,7 @@ class WindowReader(Reader):
         self.sinks = min(SINKS, self.window - 1)
 
     def bytes_a_row(self, tokens: int) -> int:
-        return min(tokens, 2 * self.window) * _kept_bytes(self.model)
+        return min(tokens, 2 * self.window) * kept_bytes(self.model)
 
     def begin(self, rows: int) -> Memory:
         layers = [_KeptKeys() for _ in range(self.model.config.num_hidden_layers)]
@@ -321,11 +321,11 @@ def _even(tokens: int) -> int:
 
 def matched_window(student: PowerRetentionForCausalLM, teacher: PreTrainedModel) -> int:
     """Tokens whose keys and values, two bytes an element, take as much memory as the states of a converted model do."""
-    return max(SINKS + 1, state_bytes(student.config) // _kept_bytes(teacher, element_bytes=2))
+    return max(SINKS + 1, state_bytes(student.config) // kept_bytes(teacher, element_bytes=2))
 
 
-def _kept_bytes(model: PreTrainedModel, element_bytes: int | None = None) -> int:
-    """Bytes of a token's keys and values in all layers; in the model's own dtype for None."""
+def kept_bytes(model: PreTrainedModel, element_bytes: int | None = None) -> int:
+    """Bytes of a token's keys and values in all layers; None: in the dtype of the model."""
     config = model.config
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     elements: int = config.num_hidden_layers * config.num_key_value_heads * 2 * width

@@ -135,7 +135,7 @@ class RecallSettings:
     lengths: tuple[RecallLength, ...] = LENGTHS
     steps: int = 4000
     tokens: int = 16384
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-3
     tested: int = 256
 
     @classmethod
@@ -184,7 +184,7 @@ class RecallModel(nn.Module):
         still = x.new_ones(1, 1, self.head_dim), x.new_zeros(1, 1, self.head_dim)  # a rotation by nothing
         for layer in self.layers:
             x = layer(x, still)
-        logits: Tensor = self.norm(x[rows]) @ self.embedding.weight.T * self.embedding.embedding_dim**0.5
+        logits: Tensor = self.norm(x[rows]) @ self.embedding.weight.T
         return logits
 
 

@@ -56,12 +56,12 @@ def test_report_figures_and_tables(
     from power_retention.models import PowerRetentionConfig
 
     config = PowerRetentionConfig.from_pretrained(converted)
+    a_token = 5 * 4 * 2 * 8 * 2  # layers, heads, keys and values, width, bytes
     assert long["models"]["student"]["bytes"] == state_bytes(config, activation_bytes=4)
     assert long["models"]["teacher"]["longest"] == 512
     assert long["models"]["untrained"]["start"] == "hard swap"
-    matched = long["models"]["sliding window"]["bytes"]
-    assert matched == pytest.approx(long["models"]["student"]["bytes"], rel=0.05)
-    assert long["models"]["sliding window"]["window"] == state_bytes(config) // (5 * 4 * 2 * 8 * 2)
+    assert 0 <= state_bytes(config) - long["models"]["sliding window"]["bytes"] < a_token
+    assert long["models"]["sliding window"]["window"] == state_bytes(config) // a_token
 
     assert list(long["tasks"]) == ["needle", "facts", "identifiers"]
     needle = long["tasks"]["needle"]["lengths"]

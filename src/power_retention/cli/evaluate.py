@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from power_retention.models import PowerRetentionForCausalLM
 
 _PROMPT = "The history of the city begins"
+_LONG = "Long contexts (--long)"
 
 
 def register(app: typer.Typer) -> None:
@@ -71,38 +72,53 @@ def evaluate(
         str, typer.Option(help="float32, bfloat16 or auto (bfloat16 on a GPU), of models that are asked tasks.")
     ] = "auto",
     long: Annotated[
-        bool, typer.Option("--long", help="Ask about long contexts, and take the loss by position.")
+        bool,
+        typer.Option("--long", help="Ask about long contexts, and take the loss by position.", rich_help_panel=_LONG),
     ] = False,
     haystack: Annotated[
         list[Path] | None,
         typer.Option(
             help="Text that long contexts are made of, as --text takes it; by default --text, or what "
-            "scripts/fetch_demo_assets.py fetched."
+            "scripts/fetch_demo_assets.py fetched.",
+            rich_help_panel=_LONG,
         ),
     ] = None,
     long_tasks: Annotated[
         str,
         typer.Option(
             help="Of needle, multi-key needle, variable tracking, common words, frequent words, facts, identifiers; "
-            "all by default."
+            "all by default.",
+            rich_help_panel=_LONG,
         ),
     ] = "",
     lengths: Annotated[
         str,
         typer.Option(
-            help="Tokens of long contexts, comma-separated; 512 to 262144 on a GPU, 512 and 2048 without one."
+            help="Tokens of long contexts, comma-separated; 512 to 262144 on a GPU, 512 and 2048 without one.",
+            rich_help_panel=_LONG,
         ),
     ] = "",
-    depths: Annotated[int | None, typer.Option(min=1, help="Depths at which needles stand, evenly spread.")] = None,
-    seeds: Annotated[int | None, typer.Option(min=1, help="Contexts of each kind; 3, or 2 without a GPU.")] = None,
+    depths: Annotated[
+        int | None, typer.Option(min=1, help="Depths at which needles stand, evenly spread.", rich_help_panel=_LONG)
+    ] = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Contexts of each kind; 3, or 2 without a GPU.", rich_help_panel=_LONG)
+    ] = None,
     stream: Annotated[
         int | None,
-        typer.Option(min=0, help="Tokens to take the loss by position of; 1048576, or 8192 without a GPU; 0: none."),
+        typer.Option(
+            min=0,
+            help="Tokens to take the loss by position of; 1048576, or 8192 without a GPU; 0: none.",
+            rich_help_panel=_LONG,
+        ),
     ] = None,
     tree: Annotated[
-        Path | None, typer.Option(help="Folder of Python files for identifiers; Python's standard library by default.")
+        Path | None,
+        typer.Option(
+            help="Folder of Python files for identifiers; Python's standard library by default.", rich_help_panel=_LONG
+        ),
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Few and short long contexts.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Few and short long contexts.", rich_help_panel=_LONG)] = False,
     out: Annotated[Path | None, typer.Option(help="Folder of the report; MODEL/evaluation by default.")] = None,
     seed: Seed = 0,
     json: Json = False,

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from power_retention.models import PowerRetentionForCausalLM
 
 _PROMPT = "The history of the city begins"
+_LONG = "Long contexts (--long)"
 
 
 def register(app: typer.Typer) -> None:
@@ -70,6 +71,54 @@ def evaluate(
     precision: Annotated[
         str, typer.Option(help="float32, bfloat16 or auto (bfloat16 on a GPU), of models that are asked tasks.")
     ] = "auto",
+    long: Annotated[
+        bool,
+        typer.Option("--long", help="Ask about long contexts, and take the loss by position.", rich_help_panel=_LONG),
+    ] = False,
+    haystack: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Text that long contexts are made of, as --text takes it; by default --text, or what "
+            "scripts/fetch_demo_assets.py fetched.",
+            rich_help_panel=_LONG,
+        ),
+    ] = None,
+    long_tasks: Annotated[
+        str,
+        typer.Option(
+            help="Of needle, multi-key needle, variable tracking, common words, frequent words, facts, identifiers; "
+            "all by default.",
+            rich_help_panel=_LONG,
+        ),
+    ] = "",
+    lengths: Annotated[
+        str,
+        typer.Option(
+            help="Tokens of long contexts, comma-separated; 512 to 262144 on a GPU, 512 and 2048 without one.",
+            rich_help_panel=_LONG,
+        ),
+    ] = "",
+    depths: Annotated[
+        int | None, typer.Option(min=1, help="Depths at which needles stand, evenly spread.", rich_help_panel=_LONG)
+    ] = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Contexts of each kind; 3, or 2 without a GPU.", rich_help_panel=_LONG)
+    ] = None,
+    stream: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Tokens to take the loss by position of; 1048576, or 8192 without a GPU; 0: none.",
+            rich_help_panel=_LONG,
+        ),
+    ] = None,
+    tree: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of Python files for identifiers; Python's standard library by default.", rich_help_panel=_LONG
+        ),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Few and short long contexts.", rich_help_panel=_LONG)] = False,
     out: Annotated[Path | None, typer.Option(help="Folder of the report; MODEL/evaluation by default.")] = None,
     seed: Seed = 0,
     json: Json = False,
@@ -78,30 +127,43 @@ def evaluate(
 
     With --text: four losses on text that `retrain` held out, of the teacher, the hard swap (bare mixers, the published way to
     start), the calibrated conversion, and the model itself. With --tasks (pip install power-retention[tasks]): scores, and
-    the share of the teacher's lead over guessing that is recovered. What an earlier call measured of the same weights
-    stays in the report. Examples:
+    the share of the teacher's lead over guessing that is recovered. With --long: what is recalled of contexts of up to 262,144
+    tokens and the loss by position up to a million, beside the teacher within its window, the untrained conversion, and the
+    teacher with a sliding window that weighs as much as our state. What an earlier call measured of the same weights stays
+    in the report. Examples:
 
         power-retention evaluate my-model-retrained --text corpus.jsonl
 
         power-retention evaluate my-model-retrained --text corpus.jsonl --contexts 1024,131072 --json
 
         power-retention evaluate my-model-retrained --tasks arc,hellaswag,gsm8k --limit 200
+
+        power-retention evaluate my-model-retrained --long --haystack corpus.jsonl
+
+        power-retention evaluate my-model-retrained --long --quick --long-tasks "needle, facts" --stream 0
     """
+    from power_retention.cli.long import LongOptions, run_long, show_long, whole_numbers
     from power_retention.cli.tasks import TaskOptions, quiet_progress, run_tasks, show_tasks, task_names
 
     quiet_progress()
     quiet_libraries()
-    from power_retention.errors import DataError
+    from power_retention.errors import ArgumentError, DataError
+    from power_retention.evaluation.long.figures import draw_long_figures
     from power_retention.files import clear_write_errors, write_json
     from power_retention.ops.layout import has_state
 
     names = task_names(tasks)
-    if not text and not names:
+    if not text and not names and not long:
         raise DataError(
             "evaluate needs the text that the model was retrained on, to predict what was held out: --text FILE; or "
-            "benchmarks: --tasks arc,hellaswag."
+            "benchmarks: --tasks arc,hellaswag; or --long."
         )
-    lengths = _lengths(contexts) if text else []
+    decoded_at = list(whole_numbers("--contexts", contexts)) if text else []
+    long_options = LongOptions(
+        lengths, depths, seeds, long_tasks, stream, haystack or text or [], text_field, tree, quick, precision, seed
+    )
+    if long:
+        long_options.check()
     options = TaskOptions(
         names, task_folder, limit, shots, max_new_tokens, batch_size, run_code, hard_swap, precision, seed
     )
@@ -109,21 +171,33 @@ def evaluate(
     with status.status("Opening model, teacher and text" if text else "Opening model and teacher"):
         student, source = open_student(model).eval(), open_noted_teacher(model, teacher)
         held_out = _held_out_windows(text, text_field, source, windows, length) if text else None
-    if lengths and not has_state(student.config.head_dim, student.config.power):
+    if (decoded_at or long) and not has_state(student.config.head_dim, student.config.power):
+        if long:
+            raise ArgumentError(
+                f"p = {student.config.power} leaves heads this wide no state, and long contexts are read into one: only a "
+                "model converted with --power 2 can be asked about them."
+            )
         status.print(f"p = {student.config.power} leaves heads this wide no state: decoding is not measured.")
-        lengths = []
+        decoded_at = []
     out = out or model / "evaluation"
     report = _earlier_report(out, model, student, source)
     with clear_write_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-    losses, samples, decode = {}, {}, {}
+    losses, samples, decode, drawn = {}, {}, {}, list[Path]()
     if suite:
         report["tasks"] = report.get("tasks", {}) | run_tasks(suite, options, student, source, report, out)
         write_json(out / "evaluation.json", report)
+    if long:
+
+        def save(found: dict[str, Any]) -> None:
+            report["long"] = found
+            write_json(out / "evaluation.json", report)
+
+        drawn = draw_long_figures(run_long(long_options, student, source, model, save), out)
     if held_out is not None:
         losses = _losses(student, source.model, model, held_out)
         samples = _samples(student, source, prompt, seed) if prompt else {}
-        decode = _decode(model, source, lengths, out) if lengths else {}
+        decode = _decode(model, source, decoded_at, out) if decoded_at else {}
         report |= {
             "held_out": {"windows": len(held_out), "length": held_out.shape[1]},
             "losses": {
@@ -140,7 +214,10 @@ def evaluate(
         _show(report, losses, samples, prompt, decode)
     if suite:
         show_tasks({name: report["tasks"][name] for name in names})
+    if long:
+        show_long(report["long"])
     written = ["evaluation.json", *(["decode.png"] if decode else []), *(["recovery.png"] if suite else [])]
+    written += [path.name for path in drawn]
     results.print(f"\nReport in [bold]{escape(str(out))}[/]: {', '.join(written)}", highlight=False)
 
 
@@ -157,18 +234,6 @@ def _earlier_report(out: Path, model: Path, student: PowerRetentionForCausalLM, 
     except (OSError, ValueError, KeyError, TypeError):
         return new
     return earlier | new if same else new
-
-
-def _lengths(contexts: str) -> list[int]:
-    from power_retention.errors import ArgumentError
-
-    try:
-        lengths = [int(part) for part in contexts.split(",") if part.strip()]
-    except ValueError:
-        lengths = [0]
-    if any(length < 1 for length in lengths):
-        raise ArgumentError(f"--contexts must be positive numbers of tokens separated by commas, not {contexts!r}.")
-    return lengths
 
 
 def _held_out_windows(text: list[Path], field: str, source: Source, windows: int, length: int) -> Tensor:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from power_retention.cli.display import progress_bar, results, status, table
+from power_retention.cli.placement import placed, placement
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
     from power_retention.conversion.source import Source
@@ -39,7 +39,7 @@ class TaskOptions:
 
     def suite(self) -> Suite:
         """The benchmarks, their documents loaded."""
-        self.placement()
+        placement(self.precision)
         try:
             with _silence():  # some of what the harness imports tells at length what it will do without
                 from power_retention.evaluation.harness import Suite
@@ -59,19 +59,6 @@ class TaskOptions:
                 run_code=self.run_code,
                 seed=self.seed,
             )
-
-    def placement(self) -> tuple[torch.device, torch.dtype]:
-        """Where models run, and in what dtype."""
-        import torch
-
-        from power_retention.errors import ArgumentError
-
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        auto = torch.bfloat16 if device.type == "cuda" else torch.float32
-        dtypes = {"auto": auto, "float32": torch.float32, "bfloat16": torch.bfloat16}
-        if self.precision not in dtypes:
-            raise ArgumentError(f"--precision must be float32, bfloat16 or auto, not {self.precision!r}.")
-        return device, dtypes[self.precision]
 
 
 def quiet_progress() -> None:
@@ -108,7 +95,7 @@ def run_tasks(
     from power_retention.evaluation.figure import draw_recovery_figure
     from power_retention.evaluation.harness import HARNESS
 
-    device, dtype = options.placement()
+    device, dtype = placement(options.precision)
     models = {
         STUDENT: _ask(suite, options, STUDENT, student, source),
         TEACHER: _ask(suite, options, TEACHER, source.model, source),
@@ -129,26 +116,14 @@ def run_tasks(
 
 
 def _ask(suite: Suite, options: TaskOptions, name: str, model: PreTrainedModel, source: Source) -> dict[str, Scores]:
-    """Scores of one model.  Held-out losses may follow: weights that were narrowed are put back."""
-    device, dtype = options.placement()
-    before = [value.data for value in model.parameters()]
-    with ExitStack() as bar:
+    """Scores of one model."""
+    with placed(model, *placement(options.precision)), ExitStack() as bar:
 
         def begin(benchmark: Benchmark) -> Progress:
             bar.close()
             return bar.enter_context(progress_bar(f"{benchmark.title}, {name}"))
 
-        try:
-            for (
-                value
-            ) in model.parameters():  # buffers keep their dtype: rotary frequencies in bfloat16 are another model's
-                value.data = value.data.to(device, dtype)
-            model.to(device)
-            return suite.run(model, source.tokenizer, batch_size=options.batch_size, progress=begin)
-        finally:
-            model.to("cpu")
-            for value, data in zip(model.parameters(), before, strict=True):
-                value.data = data
+        return suite.run(model, source.tokenizer, batch_size=options.batch_size, progress=begin)
 
 
 def show_tasks(rows: Mapping[str, Mapping[str, Any]]) -> None:

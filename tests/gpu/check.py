@@ -40,7 +40,9 @@ from power_retention.workers import Failed, in_processes
 
 HERE = Path(__file__).parent
 FLAGSHIPS = {"12/12 heads of 64": (12, 12, 64), "40/8 heads of 128": (40, 8, 128)}
-SANITIZED = ("wide heads in bfloat16", "states, grouped heads", "attention, p = 6, packed", "one token")
+SANITIZED = ("states, grouped heads", "attention, p = 6, packed", "one token")
+ON_HOPPER = ("wide heads in bfloat16",)
+"""Not for racecheck: it reports how a kernel hands its arguments to its specialised warps, whatever the kernel does."""
 REPEATS = 20
 DEVICE = "cuda"
 
@@ -254,7 +256,12 @@ def check_sanitizer(tool: str) -> Outcome:
     ]
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     done = subprocess.run(
-        [*command, *SANITIZED], capture_output=True, text=True, env=environment, timeout=280, check=False
+        [*command, *SANITIZED, *(ON_HOPPER if tool != "racecheck" else ())],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=280,
+        check=False,
     )
     lines = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("=========")]
     figures = {"status": done.returncode, "said": lines[-24:]}

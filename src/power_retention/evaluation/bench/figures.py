@@ -135,4 +135,6 @@ def _logarithmic(axis: Any, ticks: Sequence[int]) -> None:
 
 
 def _tokens(count: float) -> str:
+    if count >= 1 << 20:
+        return f"{count / (1 << 20):.3g}M"
     return f"{count / 1024:.3g}k" if count >= 1024 else f"{count:.0f}"

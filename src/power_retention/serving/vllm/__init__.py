@@ -1,1 +1,1 @@
-"""A plugin for vLLM: ``pip install power-retention[vllm]``, then ``vllm serve DIR`` serves our models; see ``docs/serving.md``."""
+"""A plugin for vLLM: with it installed, ``vllm serve DIR`` serves our models; see ``docs/serving.md``."""

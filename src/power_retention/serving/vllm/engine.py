@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,7 @@ class EngineConfig(MambaModelConfig):
     def verify_and_update_config(cls, vllm_config: VllmConfig) -> None:
         """Refuse what would be wrong, in a sentence, and set what follows from the size of a state."""
         refuse_unsupported(vllm_config)
+        keep_prefixes_of_conversations(vllm_config.cache_config)
         super().verify_and_update_config(vllm_config)
         if vllm_config.cache_config.mamba_cache_mode == "all":
             raise ArgumentError(
@@ -90,20 +92,23 @@ class EngineConfig(MambaModelConfig):
 
 def refuse_unsupported(vllm_config: VllmConfig) -> None:
     """Raise an error for the first thing asked for that cannot be served right."""
-    config: PowerRetentionConfig = vllm_config.model_config.hf_config
-    parallel = vllm_config.parallel_config
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    config: PowerRetentionConfig = model.hf_config
     rope_type = (config.rope_parameters or {}).get("rope_type", "default")
     reasons = {
         "this model keeps no state (its power is too high for the width of its heads, or use_exp is set): serve it with "
         "transformers": not config.keeps_state,
-        "models with experts cannot be served through vLLM yet: serve it with transformers": config.num_local_experts > 0,
+        "models with experts cannot be served through vLLM yet: serve it with transformers": config.num_local_experts
+        > 0,
         f"rotary embeddings of type {rope_type!r} depend on a sequence's length, which its state cannot follow: serve it with "
         "transformers": rope_type in _ROPE_BY_LENGTH,
-        "speculative decoding is not supported yet: leave --speculative-config out": vllm_config.speculative_config is not None,
+        "speculative decoding is not supported yet: leave --speculative-config out": vllm_config.speculative_config
+        is not None,
         "LoRA adapters are not supported yet: merge the adapter into the model, and leave --enable-lora out": (
             vllm_config.lora_config is not None
         ),
-        "quantised weights are not supported yet: serve the model in bfloat16": vllm_config.model_config.quantization is not None,
+        "quantised weights are not supported yet: serve the model in bfloat16": vllm_config.model_config.quantization
+        is not None,
         "--pipeline-parallel-size is not supported: share the heads among GPUs with --tensor-parallel-size": (
             parallel.pipeline_parallel_size > 1
         ),
@@ -119,7 +124,20 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
     }
     for reason, applies in reasons.items():
         if applies:
-            raise ArgumentError(f"{vllm_config.model_config.model}: {reason}.")
+            raise ArgumentError(f"{model.model}: {reason}.")
+
+
+def keep_prefixes_of_conversations(cache: Any) -> None:
+    """With prefix caching, keep states of answers too: the next message of a conversation goes on from there.
+
+    A state is large and copied at the border of a block, so blocks are larger than those of keys and values.
+    """
+    if not cache.enable_prefix_caching:
+        return
+    if not getattr(cache, "user_specified_block_size", False):
+        cache.block_size = 128
+    if getattr(cache, "prefix_cache_retention_interval", None) == 0:
+        cache.prefix_cache_retention_interval = None
 
 
 def fit_users(vllm_config: VllmConfig) -> None:
@@ -151,8 +169,10 @@ def memory_for_states(vllm_config: VllmConfig) -> float:
     cache, model = vllm_config.cache_config, vllm_config.model_config
     if cache.kv_cache_memory_bytes is not None:
         return float(cache.kv_cache_memory_bytes)
+    if current_platform.is_cpu() and os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
+        return float(os.environ["VLLM_CPU_KVCACHE_SPACE"]) * (1 << 30)
     workers = vllm_config.parallel_config.tensor_parallel_size
-    total = current_platform.get_device_total_memory() * cache.gpu_memory_utilization
+    total: float = current_platform.get_device_total_memory() * cache.gpu_memory_utilization
     weights = count_parameters(model.hf_config) * model.dtype.itemsize / workers
     width = max(model.hf_config.vocab_size, 8 * model.hf_config.hidden_size, 4 * model.hf_config.intermediate_size)
     activations = 4.0 * vllm_config.scheduler_config.max_num_batched_tokens * width / workers

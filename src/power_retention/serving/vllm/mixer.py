@@ -15,7 +15,6 @@ from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.mamba.abstract import MambaBase
-from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.utils.torch_utils import direct_register_custom_op
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
@@ -50,7 +49,13 @@ class PowerRetentionMixer(nn.Module, MambaBase):
         self.query_heads = query_heads // get_tensor_model_parallel_world_size()
         self.heads = self.layout.heads
         self.qkv_proj = QKVParallelLinear(
-            hidden, self.head_dim, query_heads, heads, config.qkv_bias, quant_config=quantized, prefix=f"{prefix}.qkv_proj"
+            hidden,
+            self.head_dim,
+            query_heads,
+            heads,
+            config.qkv_bias,
+            quant_config=quantized,
+            prefix=f"{prefix}.qkv_proj",
         )
         # So few rows that no quantisation is worth their precision.
         self.g_proj = ColumnParallelLinear(hidden, heads, config.gate_bias, prefix=f"{prefix}.g_proj")
@@ -74,7 +79,9 @@ class PowerRetentionMixer(nn.Module, MambaBase):
         """``[N, hidden]`` → ``[N, hidden]`` for N tokens of any requests; cos and sin ``[N, r]``."""
         qkv, _ = self.qkv_proj(x)
         width = self.heads * self.head_dim
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in qkv.split((qkv.shape[-1] - 2 * width, width, width), -1))
+        q, k, v = (
+            part.unflatten(-1, (-1, self.head_dim)) for part in qkv.split((qkv.shape[-1] - 2 * width, width, width), -1)
+        )
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q.contiguous()), self.k_norm(k.contiguous())
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
@@ -83,7 +90,7 @@ class PowerRetentionMixer(nn.Module, MambaBase):
         gates, _ = self.g_proj(x)
         y = torch.empty_like(q)
         torch.ops.vllm.power_retention_read(q, k, v.contiguous(), F.logsigmoid(gates.float()), y, self.prefix)
-        out, _ = self.o_proj(y.flatten(-2))
+        out: Tensor = self.o_proj(y.flatten(-2))[0]
         return out
 
     @property
@@ -98,12 +105,13 @@ class PowerRetentionMixer(nn.Module, MambaBase):
         decoding, prompts = metadata.num_decode_tokens, metadata.num_prefill_tokens
         if decoding:
             slots = decoding_slots(metadata)
-            rows = (x[:decoding].unsqueeze(1) for x in (q, k, v, log_g))
-            y[:decoding] = self._decode(*rows, slots).squeeze(1)
+            q_B1HD, k_B1HD, v_B1HD, g_B1H = (x[:decoding].unsqueeze(1) for x in (q, k, v, log_g))
+            y[:decoding] = self._decode(q_B1HD, k_B1HD, v_B1HD, g_B1H, slots).squeeze(1)
             self.pages.record[slots.clamp(min=0).long(), SEEN] += 1
         if prompts:
             span = slice(decoding, decoding + prompts)
-            y[span] = self._read_prompts(*(x[span].unsqueeze(0) for x in (q, k, v, log_g)), metadata).squeeze(0)
+            q_1THD, k_1THD, v_1THD, g_1TH = (x[span].unsqueeze(0) for x in (q, k, v, log_g))
+            y[span] = self._read_prompts(q_1THD, k_1THD, v_1THD, g_1TH, metadata).squeeze(0)
 
     def _decode(self, q: Tensor, k: Tensor, v: Tensor, log_g: Tensor, slots: Tensor) -> Tensor:
         ring = self.pages.ring
@@ -187,7 +195,8 @@ def continues(record: Tensor, metadata: PowerRetentionMetadata) -> Tensor:
     """``[prompts]``: which prompts go on from what stands in their page."""
     assert metadata.state_indices_tensor_p is not None
     assert metadata.has_initial_states_p is not None
-    return metadata.has_initial_states_p | (record[metadata.state_indices_tensor_p.long(), LOADED] > 0)
+    loaded: Tensor = record[metadata.state_indices_tensor_p.long(), LOADED] > 0
+    return loaded | metadata.has_initial_states_p
 
 
 def _load_own_heads(parameter: nn.Parameter, loaded: Tensor) -> None:

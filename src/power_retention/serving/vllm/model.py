@@ -162,7 +162,7 @@ class PowerRetentionModel(nn.Module):
 
 
 class PowerRetentionForCausalLM(nn.Module, HasInnerState, IsAttentionFree, SupportsMambaPrefixCaching):
-    """What vLLM serves: every dense model of :class:`power_retention.models.PowerRetentionConfig`, published formats included."""
+    """Every dense model of :class:`power_retention.models.PowerRetentionConfig`, published formats included."""
 
     packed_modules_mapping: ClassVar[dict[str, list[str]]] = PACKED
 
@@ -209,7 +209,9 @@ class PowerRetentionForCausalLM(nn.Module, HasInnerState, IsAttentionFree, Suppo
                 continue
             place, shard = _place_of(name)
             if place not in parameters:
-                raise SourceError(f"The weight {name!r} has no place in this model: its config.json describes another one.")
+                raise SourceError(
+                    f"The weight {name!r} has no place in this model: its config.json describes another one."
+                )
             parameter = parameters[place]
             load = getattr(parameter, "weight_loader", default_weight_loader)
             load(parameter, weight) if shard is None else load(parameter, weight, shard)

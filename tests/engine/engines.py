@@ -70,11 +70,15 @@ def prompts_of(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
     return [torch.randint(3, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
 
 
-def generate(engine: LLM, prompts: Sequence[Sequence[int]], tokens: int = 40, **sampling: Any) -> list[RequestOutput]:
-    """Greedy answers of so many tokens, with the three best log-probabilities of each."""
-    usual = {"temperature": 0, "max_tokens": tokens, "ignore_eos": True, "logprobs": 3}
-    params = SamplingParams(**{**usual, **sampling})
-    return engine.generate([{"prompt_token_ids": list(p)} for p in prompts], params, use_tqdm=False)
+def sampling(tokens: int, **changes: Any) -> SamplingParams:
+    """Greedy, so many tokens, with the three best log-probabilities of each."""
+    return SamplingParams(**{"temperature": 0, "max_tokens": tokens, "ignore_eos": True, "logprobs": 3, **changes})
+
+
+def generate(engine: LLM, prompts: Sequence[Sequence[int]], tokens: int = 40, **changes: Any) -> list[RequestOutput]:
+    """Answers to all prompts at once."""
+    requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+    return engine.generate(requests, sampling(tokens, **changes), use_tqdm=False)
 
 
 @torch.no_grad()

@@ -15,8 +15,7 @@ from power_retention.errors import ArgumentError
 
 
 def submit(engine: LLM, name: str, prompt: list[int], tokens: int) -> None:
-    params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=3)
-    engine.llm_engine.add_request(name, {"prompt_token_ids": prompt}, params)
+    engine.llm_engine.add_request(name, {"prompt_token_ids": prompt}, engines.sampling(tokens))
 
 
 def finish(engine: LLM) -> list[RequestOutput]:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import secrets
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 from power_retention.errors import OutputError, StateError
@@ -20,6 +21,8 @@ from power_retention.ops import PowerState
 from power_retention.ops.state_file import StateHeader, fork_states, load_states, read_header, save_states
 
 SUFFIX = ".state"
+PINNED = ".pinned"
+_REMEMBERED = 1000
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -101,7 +104,7 @@ class StateDirectory:
         path = self.existing(name)
         return NamedState(name, path.stat().st_size, read_header(path))
 
-    def list(self) -> list[NamedState]:
+    def list(self) -> Sequence[NamedState]:
         """All states that can be read, newest first."""
         found = []
         for path in self._files():
@@ -121,9 +124,29 @@ class StateDirectory:
         Raises:
             StateError: it is missing, damaged, in an unknown layout or of another model.
         """
+        return verified(self.existing(name), model)
+
+    def pin(self, name: str) -> Path:
+        """Another name for the file of a state, hidden, which stays when the state is replaced or deleted; to be unlinked.
+
+        Raises:
+            MissingState: there is no such state.
+            OutputError: the disk knows no second names.
+        """
         path = self.existing(name)
-        status = path.stat()
-        return _verified(path, model, (status.st_ino, status.st_size, status.st_mtime_ns))
+        pinned = self.path / f".{secrets.token_hex(8)}{PINNED}"
+        with clear_write_errors(pinned):
+            try:
+                os.link(path, pinned)
+            except FileNotFoundError:
+                raise MissingState(f"The state {name!r} was deleted a moment ago.") from None
+        return pinned
+
+    def remove_old_pins(self, seconds: float = 86400) -> None:
+        """Remove what processes that were killed have left, of all owners."""
+        for path in self.path.glob(f"**/.*{PINNED}"):
+            if time.time() - path.lstat().st_ctime > seconds:
+                path.unlink(missing_ok=True)
 
     def load(self, name: str, *, model: str | None = None) -> tuple[list[PowerState], StateHeader]:
         """The states of all layers, and their header; errors as of :meth:`verify`."""
@@ -141,7 +164,7 @@ class StateDirectory:
         others = [path for path in self._files() if path != replaced]
         if len(others) >= self.max_states:
             raise FullDirectory(
-                f"The state {name!r} cannot be saved: {len(others):,} are kept already, and that is the limit. Delete some first."
+                f"The state {name!r} cannot be saved: {len(others):,} are kept already, which is the limit. Delete some first."
             )
         kept = sum(_size(path) for path in others)
         if self.max_bytes is not None and kept + nbytes > self.max_bytes:
@@ -184,7 +207,7 @@ class StateDirectory:
         with clear_write_errors(path):
             path.unlink(missing_ok=True)
 
-    def _files(self) -> list[Path]:
+    def _files(self) -> Sequence[Path]:
         if not self.path.is_dir():
             return []
         return [path for path in self.path.iterdir() if path.suffix == SUFFIX and not path.name.startswith(".")]
@@ -197,7 +220,16 @@ def _size(path: Path) -> int:
         return 0
 
 
-@lru_cache(maxsize=1024)
-def _verified(path: Path, model: str | None, version: tuple[int, ...]) -> StateHeader:
-    """Reads and checks the file; ``version`` is what tells it from another of the same name."""
-    return load_states(path, model=model)[1]
+_checked: dict[tuple[object, ...], StateHeader] = {}
+
+
+def verified(path: Path, model: str | None) -> StateHeader:
+    """The header of a file whose every byte is checked, once for each version of it; errors as of :func:`load_states`."""
+    status = path.stat()
+    version = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, model)
+    if version not in _checked:
+        header = load_states(path, model=model)[1]
+        if len(_checked) >= _REMEMBERED:
+            _checked.pop(next(iter(_checked)), None)
+        _checked[version] = header
+    return _checked[version]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from vllm.config import VllmConfig
+from vllm.config import KVTransferConfig, VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import MambaModelConfig
 from vllm.platforms import current_platform
@@ -88,6 +88,7 @@ class EngineConfig(MambaModelConfig):
                 "use align."
             )
         fit_users(vllm_config)
+        connect_states(vllm_config)
 
 
 def refuse_unsupported(vllm_config: VllmConfig) -> None:
@@ -125,6 +126,24 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
     for reason, applies in reasons.items():
         if applies:
             raise ArgumentError(f"{model.model}: {reason}.")
+
+
+def connect_states(vllm_config: VllmConfig) -> None:
+    """Where states have names, let vLLM ask us before each step what to load and save."""
+    if ServingOptions.of(vllm_config).states is None:
+        return
+    if vllm_config.parallel_config.data_parallel_size > 1:
+        raise ArgumentError(
+            "Named states are not shared among the engines of --data-parallel-size: start one server a GPU on one folder."
+        )
+    vllm_config.kv_transfer_config = KVTransferConfig(
+        kv_connector="StateConnector",
+        kv_connector_module_path="power_retention.serving.vllm.connector",
+        kv_role="kv_both",
+        kv_load_failure_policy="fail",
+    )
+    # A state is written between two steps, and the next must not have begun.
+    vllm_config.scheduler_config.async_scheduling = False
 
 
 def keep_prefixes_of_conversations(cache: Any) -> None:
@@ -176,4 +195,4 @@ def memory_for_states(vllm_config: VllmConfig) -> float:
     weights = count_parameters(model.hf_config) * model.dtype.itemsize / workers
     width = max(model.hf_config.vocab_size, 8 * model.hf_config.hidden_size, 4 * model.hf_config.intermediate_size)
     activations = 4.0 * vllm_config.scheduler_config.max_num_batched_tokens * width / workers
-    return total - weights - activations
+    return float(total - weights - activations)

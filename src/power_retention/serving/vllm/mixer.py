@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -71,6 +71,8 @@ class PowerRetentionMixer(nn.Module, MambaBase):
         if prefix in layers:
             raise ArgumentError(f"Two layers are called {prefix!r}; every layer needs a name of its own.")
         layers[prefix] = self
+        self.model: Callable[[], nn.Module | None] = lambda: None
+        """The whole model, where this is its first layer."""
         self.kv_cache: Any = ()
         self._pages: Pages | None = None
         self._bound: Any = None
@@ -153,19 +155,26 @@ class PowerRetentionMixer(nn.Module, MambaBase):
         ring.normalizer[slots] = state.normalizer
         ring.cursor[slots] = 0
 
-    def put(self, slot: int, state: PowerState, tokens_seen: int) -> None:
-        """Put a state ``[1, H, …]`` into a page; the request that has the page goes on from it."""
-        device = self.pages.record.device
-        own = slice(get_tensor_model_parallel_rank() * self.heads, (get_tensor_model_parallel_rank() + 1) * self.heads)
-        state = state._replace(memory=state.memory[:, own].to(device), normalizer=state.normalizer[:, own].to(device))
-        self._store(torch.tensor([slot], device=device), state)
-        self.pages.record[slot] = 0
+    def put(self, slot: int, state: PowerState, tokens_seen: int, *, whole: bool = True) -> None:
+        """Put a state ``[1, H, …]`` into a page; the request that has the page goes on from it.
+
+        Args:
+            slot: the page.
+            state: of all heads, or of this worker's.
+            tokens_seen: what it has read.
+            whole: whether it is of all heads.
+        """
+        record = self.pages.record
+        first = get_tensor_model_parallel_rank() * self.heads if whole else 0
+        memory, normalizer = (x[:, first : first + self.heads].to(record.device) for x in state[:2])
+        self._store(torch.tensor([slot], device=record.device), state._replace(memory=memory, normalizer=normalizer))
+        record[slot] = 0
         for place, value in ((BASE, tokens_seen), (SEEN, tokens_seen), (LOADED, 1)):
-            self.pages.record[slot, place] = value
+            record[slot, place] = value
 
     def take(self, slot: int) -> PowerState:
         """Everything that the request of a page has read; a copy ``[1, H, …]``."""
-        return self.pages.ring.select(torch.tensor([slot])).to_state()
+        return self.pages.ring.select(torch.tensor([slot], device=self.pages.record.device)).to_state()
 
     # ── what vLLM asks a layer with states ───────────────────────────────────────────────────────────────────────────
 
@@ -196,7 +205,7 @@ def continues(record: Tensor, metadata: PowerRetentionMetadata) -> Tensor:
     assert metadata.state_indices_tensor_p is not None
     assert metadata.has_initial_states_p is not None
     loaded: Tensor = record[metadata.state_indices_tensor_p.long(), LOADED] > 0
-    return loaded | metadata.has_initial_states_p
+    return torch.logical_or(loaded, metadata.has_initial_states_p)
 
 
 def _load_own_heads(parameter: nn.Parameter, loaded: Tensor) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import weakref
+from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -136,6 +137,10 @@ class PowerRetentionModel(nn.Module):
         self.rotary_emb = PowerRetentionRotaryEmbedding(config)
         self.first = maybe_prefix(prefix, "layers.0.self_attn")
 
+    def mixers(self) -> Iterator[PowerRetentionMixer]:
+        """The mixer of every layer, first to last."""
+        return (module for module in self.modules() if isinstance(module, PowerRetentionMixer))
+
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         """``[N]`` → ``[N, hidden]``."""
         return self.embed_tokens(input_ids)  # type: ignore[no-any-return]
@@ -175,6 +180,8 @@ class PowerRetentionForCausalLM(nn.Module, HasInnerState, IsAttentionFree, Suppo
         if config.tie_word_embeddings:
             self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
         self.logits_processor = LogitsProcessor(config.vocab_size)
+        # What reads the last token of a request that is saved; weakly, for the layer is a part of it.
+        next(iter(self.model.mixers())).model = weakref.ref(self)
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         """``[N]`` → ``[N, hidden]``."""

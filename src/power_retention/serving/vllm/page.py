@@ -92,6 +92,11 @@ class PageLayout:
         return tuple(dtype for _, dtype in self.parts)
 
     @property
+    def state_bytes(self) -> int:
+        """Bytes of the state alone, as files keep it."""
+        return sum(prod(shape) * dtype.itemsize for shape, dtype in self.parts[1:3])
+
+    @property
     def nbytes(self) -> int:
         """Bytes of one page."""
         return sum(prod(shape) * dtype.itemsize for shape, dtype in self.parts)

@@ -21,10 +21,12 @@ def register() -> None:
     from vllm.config import CompilationConfig
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
+    from power_retention.serving.vllm import admission
     from power_retention.serving.vllm.engine import EngineConfig
 
     import_module("power_retention.models")  # transformers' AutoConfig learns our formats
     register_metadata()
+    admission.install()
     for name in ARCHITECTURES:
         ModelRegistry.register_model(name, f"{_HOME}.model:PowerRetentionForCausalLM")
         MODELS_CONFIG_MAP[name] = EngineConfig

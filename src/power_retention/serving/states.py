@@ -148,7 +148,7 @@ class StateDirectory:
             if time.time() - path.lstat().st_ctime > seconds:
                 path.unlink(missing_ok=True)
 
-    def load(self, name: str, *, model: str | None = None) -> tuple[list[PowerState], StateHeader]:
+    def load(self, name: str, *, model: str | None = None) -> tuple[Sequence[PowerState], StateHeader]:
         """The states of all layers, and their header; errors as of :meth:`verify`."""
         self.verify(name, model=model)
         return load_states(self.existing(name), model=model, verify=False)

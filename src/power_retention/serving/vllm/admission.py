@@ -13,8 +13,9 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 from vllm.config import VllmConfig
+from vllm.exceptions import VLLMValidationError
 
-from power_retention.errors import ArgumentError, StateError
+from power_retention.errors import ArgumentError, PowerRetentionError, StateError
 from power_retention.models.fingerprint import fingerprint_folder
 from power_retention.serving.states import MissingState, StateDirectory
 from power_retention.serving.vllm.engine import ServingOptions, page_layout
@@ -65,7 +66,10 @@ def install() -> None:
     def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
         request = original(self, *args, **kwargs)
         if self.vllm_config.model_config.architecture in ARCHITECTURES:
-            admit(self.vllm_config, request)
+            try:
+                admit(self.vllm_config, request)
+            except PowerRetentionError as error:  # which servers answer with the status 400
+                raise VLLMValidationError(str(error)) from error
         return request
 
     process_inputs.looks_at_states = True  # type: ignore[attr-defined]

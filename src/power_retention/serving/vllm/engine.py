@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from power_retention.serving.vllm.page import FOLD_SIZE, PageLayout
 logger = init_logger(f"vllm.{__name__}")  # vLLM prints what its own loggers say
 
 _STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_MIDDLEWARE = "power_retention.serving.vllm.http.States"
 _ROPE_BY_LENGTH = ("dynamic", "longrope")
 
 
@@ -135,6 +137,11 @@ def connect_states(vllm_config: VllmConfig) -> None:
     if vllm_config.parallel_config.data_parallel_size > 1:
         raise ArgumentError(
             "Named states are not shared among the engines of --data-parallel-size: start one server a GPU on one folder."
+        )
+    has_keys = bool(os.environ.get("VLLM_API_KEY")) or any(word.startswith("--api-key") for word in sys.argv)
+    if has_keys and not any(_MIDDLEWARE in word for word in sys.argv):
+        raise ArgumentError(
+            f"With API keys, each is to have states of its own: add --middleware {_MIDDLEWARE} to the command."
         )
     vllm_config.kv_transfer_config = KVTransferConfig(
         kv_connector="StateConnector",

@@ -7,8 +7,12 @@ from pathlib import Path
 
 import engines
 import pytest
+import torch
 from vllm import LLM
 
+from power_retention.conversion.convert import calibration_windows, convert, sample_text, save_conversion
+from power_retention.conversion.source import open_source
+from power_retention.training.text import tokenize
 from tiny_models import VARIANTS
 
 DENSE = {name: changes for name, changes in VARIANTS.items() if "num_local_experts" not in changes}
@@ -38,6 +42,16 @@ def test_concurrent_ragged_requests_in_pieces(
     # The fourth power quadruples relative errors, and each chunk form sums in its own order.
     allowed = engines.CLOSE * (10 if FAMILIES[family].get("power", 2) > 2 else 1)
     assert engines.distance(engines.open_model(folder), outputs) < allowed
+
+
+def test_a_real_model_converted(start: Callable[..., LLM], stories_dir: Path, tmp_path: Path) -> None:
+    source = open_source(stories_dir)
+    ids = tokenize([sample_text()], source.tokenizer, max_tokens=1024).ids
+    windows = calibration_windows(torch.from_numpy(ids).long(), count=2, length=256)
+    save_conversion(convert(source, windows), tmp_path / "converted")
+    stories = ["Once upon a time, Lily found a ball.", "Tim", "One day, a little cat wanted to play. " * 12]
+    outputs = start(tmp_path / "converted", max_model_len=512).generate(stories, engines.sampling(60), use_tqdm=False)
+    assert engines.distance(engines.open_model(tmp_path / "converted"), outputs) < 5 * engines.CLOSE
 
 
 def test_states_in_bfloat16(start: Callable[..., LLM], folder_of: Callable[..., Path]) -> None:

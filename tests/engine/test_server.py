@@ -1,4 +1,4 @@
-"""vLLM's own OpenAI server in processes of its own, and ordinary clients."""
+"""vLLM's own OpenAI server in processes of its own, two workers that share the heads, and ordinary clients."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ def address(folder: Path, states: Path, tmp_path_factory: pytest.TempPathFactory
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--served-model-name", "tiny",
         "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager", "--max-model-len", "512",
         "--chat-template", template,
-        "--max-num-batched-tokens", "64", "--max-num-seqs", "8", "--enable-prefix-caching", "--block-size", "16",
+        "--max-num-batched-tokens", "64", "--max-num-seqs", "8", "--tensor-parallel-size", "2",
+        "--enable-prefix-caching", "--block-size", "16",
         "--additional-config", f'{{"power_retention": {{"states": "{states}", "max_states": 3}}}}',
         "--middleware", "power_retention.serving.vllm.http.States", "--api-key", *KEYS,
     ]  # fmt: skip

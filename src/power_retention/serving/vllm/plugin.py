@@ -10,7 +10,8 @@ ARCHITECTURES = ("PowerRetentionForCausalLM", "BrumbyForCausalLM", "PowerCoderFo
 BACKEND = "POWER_RETENTION"
 """Name of our metadata backend in vLLM's enumeration."""
 
-READ_OP = "vllm::power_retention_read"
+OPS = ("vllm::power_retention_read", "vllm::power_retention_positions")
+"""What looks at the rows of a step, so that compiled graphs are cut there."""
 
 _HOME = "power_retention.serving.vllm"
 
@@ -30,8 +31,7 @@ def register() -> None:
     for name in ARCHITECTURES:
         ModelRegistry.register_model(name, f"{_HOME}.model:PowerRetentionForCausalLM")
         MODELS_CONFIG_MAP[name] = EngineConfig
-    if READ_OP not in CompilationConfig._attention_ops:
-        CompilationConfig._attention_ops.append(READ_OP)
+    CompilationConfig._attention_ops.extend(op for op in OPS if op not in CompilationConfig._attention_ops)
 
 
 def register_metadata() -> Any:

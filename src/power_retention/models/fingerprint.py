@@ -40,11 +40,13 @@ def fingerprint_folder(folder: Path) -> str:
     """
     try:
         tied = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("tie_word_embeddings", False)
-        places = {name: (file, *place) for file in folder.glob("*.safetensors") for name, place in _weights_in(file)}
+        places = {
+            name: (file, *place) for file in folder.glob("model*.safetensors") for name, place in _weights_in(file)
+        }
     except (OSError, ValueError) as error:
         raise SourceError(f"{folder} holds no model that can be read: {error}") from error
     if not places or any(".experts." in name for name in places):
-        kind = "a model with experts, which its files name otherwise" if places else "no .safetensors file"
+        kind = "a model with experts, which its files name otherwise" if places else "no model.safetensors"
         raise SourceError(f"{folder} holds {kind}; a dense model saved by save_pretrained was expected.")
     if tied:
         places.pop("lm_head.weight", None)

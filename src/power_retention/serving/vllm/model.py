@@ -170,6 +170,8 @@ class PowerRetentionForCausalLM(nn.Module, HasInnerState, IsAttentionFree, Suppo
     """Every dense model of :class:`power_retention.models.PowerRetentionConfig`, published formats included."""
 
     packed_modules_mapping: ClassVar[dict[str, list[str]]] = PACKED
+    # Beside its weights a converted folder keeps what it was calibrated to.
+    allow_patterns_overrides: ClassVar[list[str]] = ["model*.safetensors"]
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()

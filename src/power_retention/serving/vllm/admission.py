@@ -111,17 +111,18 @@ def directory_of(vllm_config: VllmConfig, owner: str) -> StateDirectory:
 
 
 @lru_cache(maxsize=4)
-def fingerprint(model: str, revision: str | None) -> str:
+def fingerprint(model: str, revision: str | None, downloads: str | None) -> str:
     """The fingerprint of the model being served, a folder or a name on the hub."""
     folder = Path(model)
     if not folder.is_dir():
-        folder = Path(snapshot_download(model, revision=revision, local_files_only=True))
+        folder = Path(snapshot_download(model, revision=revision, cache_dir=downloads, local_files_only=True))
     return fingerprint_folder(folder)
 
 
 def fingerprint_of(vllm_config: VllmConfig) -> str:
     """The fingerprint of an engine's model."""
-    return fingerprint(vllm_config.model_config.model, vllm_config.model_config.revision)
+    model = vllm_config.model_config
+    return fingerprint(model.model, model.revision, vllm_config.load_config.download_dir)
 
 
 def _check_start(directory: StateDirectory, name: str, vllm_config: VllmConfig) -> None:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank, tensor_model_parallel_all_gather
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -232,28 +231,11 @@ class StateConnector(KVConnectorBase_V1, SupportsHMA):
         """Let the model read one token on from the scratch page."""
         first = next(iter(self.layers.values()))
         device = first.pages.record.device
-
-        def numbers(*values: int) -> Tensor:
-            return torch.tensor(values, dtype=torch.int32, device=device)
-
-        metadata = PowerRetentionMetadata(
-            num_prefills=1,
-            num_prefill_tokens=1,
-            num_decodes=0,
-            num_decode_tokens=0,
-            num_reqs=1,
-            has_initial_states_p=numbers(1).bool(),
-            query_start_loc_p=numbers(0, 1),
-            state_indices_tensor_p=numbers(SCRATCH_PAGE),
-            state_indices_tensor_d=None,
-            query_start_loc_d=None,
-            num_accepted_tokens=None,
-            seq_lens=numbers(1),
-        )
-        whole = first.model()
-        assert whole is not None
+        metadata = PowerRetentionMetadata.of_one_token(SCRATCH_PAGE, device)
+        model = first.model()
+        assert model is not None
         with set_forward_context(dict.fromkeys(self.layers, metadata), self.config, num_tokens=1, skip_compiled=True):
-            whole(numbers(token).long(), numbers(0).long())
+            model(torch.tensor([token], device=device), torch.zeros(1, dtype=torch.long, device=device))
 
     def load(self, load: Load) -> None:
         """Fill a page from a file that the scheduler has checked."""

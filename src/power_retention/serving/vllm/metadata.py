@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
+import torch
+from torch import Tensor
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.attention.backends.mamba_attn import BaseMambaAttentionMetadata, BaseMambaAttentionMetadataBuilder
 
@@ -11,6 +13,27 @@ from vllm.v1.attention.backends.mamba_attn import BaseMambaAttentionMetadata, Ba
 @dataclass
 class PowerRetentionMetadata(BaseMambaAttentionMetadata):
     """Decoding rows come first, one token each; then the prompts, one after the other."""
+
+    @classmethod
+    def of_one_token(cls, page: int, device: torch.device) -> PowerRetentionMetadata:
+        """One token that goes on from what stands in a page."""
+
+        def numbers(*values: int) -> Tensor:
+            return torch.tensor(values, dtype=torch.int32, device=device)
+
+        given = {
+            "num_prefills": 1,
+            "num_prefill_tokens": 1,
+            "num_decodes": 0,
+            "num_decode_tokens": 0,
+            "num_reqs": 1,
+            "has_initial_states_p": numbers(1).bool(),
+            "query_start_loc_p": numbers(0, 1),
+            "state_indices_tensor_p": numbers(page),
+            "seq_lens": numbers(1),
+        }
+        # Versions of vLLM differ in what else there is, none of which we read.
+        return cls(**dict.fromkeys(item.name for item in fields(cls)) | given)
 
 
 class PowerRetentionMetadataBuilder(BaseMambaAttentionMetadataBuilder[PowerRetentionMetadata]):

@@ -14,6 +14,8 @@ from vllm.exceptions import VLLMValidationError
 
 from power_retention.models import PowerRetentionCache
 from power_retention.models.fingerprint import fingerprint_model
+from power_retention.ops import PowerState
+from power_retention.ops.state_file import save_states
 from power_retention.serving.states import StateDirectory, owner_of
 from power_retention.serving.vllm import admission
 
@@ -187,6 +189,12 @@ def test_refused_before_anything_is_served(
                 [{"prompt_token_ids": prompt}], engines.sampling(4, extra_args=names, **sampling), use_tqdm=False
             )
     assert directory.inspect("book").header.tokens_seen == 32
+    # A file that says it is this model's, and is not.
+    state = PowerState(torch.zeros(2, 2, 36, 8), torch.zeros(2, 2, 36), 2, 8)
+    model = directory.inspect("book").header.model
+    save_states(directory.path_of("forged"), [state] * 2, model=model, tokens_seen=3)
+    with pytest.raises(VLLMValidationError, match="sequences, layers, heads"):
+        ask(engine, prompt, state="forged")
     # Owners have states of their own.
     token = admission.OWNER.set(owner_of("a key"))
     try:

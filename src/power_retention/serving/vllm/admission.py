@@ -16,7 +16,9 @@ from vllm.config import VllmConfig
 from vllm.exceptions import VLLMValidationError
 
 from power_retention.errors import ArgumentError, PowerRetentionError, StateError
+from power_retention.models import PowerRetentionConfig
 from power_retention.models.fingerprint import fingerprint_folder
+from power_retention.ops.state_file import StateHeader
 from power_retention.serving.states import MissingState, StateDirectory
 from power_retention.serving.vllm.engine import ServingOptions, page_layout
 from power_retention.serving.vllm.plugin import ARCHITECTURES
@@ -90,6 +92,11 @@ def admit(vllm_config: VllmConfig, request: Any) -> None:
     extra.pop(_ADMITTED, None)
     start, save = extra.get(START, ""), extra.get(SAVE, "")
     if start or save:
+        if request.lora_request is not None:
+            raise ArgumentError(
+                f"A state belongs to the model that read it, and this request asks for an adapter too: leave out {START} and "
+                f"{SAVE}, or ask for the model itself."
+            )
         directory = directory_of(vllm_config, OWNER.get())
         if start:
             _check_start(directory, start, vllm_config)
@@ -134,9 +141,19 @@ def _check_start(directory: StateDirectory, name: str, vllm_config: VllmConfig) 
             return  # the engine waits for it
         raise
     _promised.discard(path)
-    if header.batch != 1:
+    check_fits(name, header, vllm_config)
+
+
+def check_fits(name: str, header: StateHeader, vllm_config: VllmConfig) -> None:
+    """Refuse a state that no request to this model can start from, whatever its header says of models."""
+    config: PowerRetentionConfig = vllm_config.model_config.hf_config
+    heads, d = config.num_key_value_heads, config.head_dim
+    found = (header.batch, header.layers, header.heads, header.head_width, header.value_width, header.p)
+    wanted = (1, config.num_hidden_layers, heads, d, d, config.power)
+    if found != wanted:
         raise StateError(
-            f"The state {name!r} is one of {header.batch} sequences; a request can start from one of 1 only."
+            f"The state {name!r} has (sequences, layers, heads, key width, value width, p) = {found}; a request to this "
+            f"model can start from {wanted} only."
         )
 
 

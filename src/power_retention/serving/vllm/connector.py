@@ -29,7 +29,7 @@ from power_retention.errors import PowerRetentionError, StateError
 from power_retention.ops import PowerState
 from power_retention.ops.state_file import load_states
 from power_retention.serving.states import verified
-from power_retention.serving.vllm.admission import Job, directory_of, fingerprint_of
+from power_retention.serving.vllm.admission import Job, check_fits, directory_of, fingerprint_of
 from power_retention.serving.vllm.metadata import PowerRetentionMetadata
 from power_retention.serving.vllm.mixer import PowerRetentionMixer
 from power_retention.serving.vllm.page import BASE, SEEN
@@ -130,7 +130,9 @@ class StateConnector(KVConnectorBase_V1, SupportsHMA):
         try:
             pinned = directory_of(self.config, job.owner).pin(job.start)
             self.pins[name] = pinned
-            self.salt(request, verified(pinned, fingerprint_of(self.config)).checksum)
+            header = verified(pinned, fingerprint_of(self.config))
+            check_fits(job.start, header, self.config)
+            self.salt(request, header.checksum)
         except PowerRetentionError as error:
             logger.error("Request %s fails: %s", name, error)
             self.broken.add(name)

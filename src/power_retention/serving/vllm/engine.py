@@ -22,6 +22,9 @@ from power_retention.serving.vllm.page import FOLD_SIZE, PageLayout
 logger = init_logger(f"vllm.{__name__}")  # vLLM prints what its own loggers say
 
 _STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+OVERHEAD = 1.5e9
+"""Bytes that libraries and graphs take beside a model, a guess on the safe side."""
+
 _MIDDLEWARE = "power_retention.serving.vllm.http.States"
 _ROPE_BY_LENGTH = ("dynamic", "longrope")
 
@@ -107,9 +110,6 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
         "transformers": rope_type in _ROPE_BY_LENGTH,
         "speculative decoding is not supported yet: leave --speculative-config out": vllm_config.speculative_config
         is not None,
-        "LoRA adapters are not supported yet: merge the adapter into the model, and leave --enable-lora out": (
-            vllm_config.lora_config is not None
-        ),
         "quantised weights are not supported yet: serve the model in bfloat16": vllm_config.model_config.quantization
         is not None,
         "--pipeline-parallel-size is not supported: share the heads among GPUs with --tensor-parallel-size": (
@@ -202,4 +202,4 @@ def memory_for_states(vllm_config: VllmConfig) -> float:
     weights = count_parameters(model.hf_config) * model.dtype.itemsize / workers
     width = max(model.hf_config.vocab_size, 8 * model.hf_config.hidden_size, 4 * model.hf_config.intermediate_size)
     activations = 4.0 * vllm_config.scheduler_config.max_num_batched_tokens * width / workers
-    return float(total - weights - activations)
+    return float(0.97 * (total - weights - activations - OVERHEAD))

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import engines
 import pytest
 import torch
-from safetensors.torch import save_file
-from torch import nn
-from transformers import PreTrainedModel
 from vllm import LLM, RequestOutput, SamplingParams
-from vllm.exceptions import VLLMValidationError
-from vllm.lora.request import LoRARequest
 from vllm.sampling_params import StructuredOutputsParams
 
 from power_retention.errors import ArgumentError
@@ -109,41 +102,6 @@ def test_structured_output(start: Callable[..., LLM], folder_of: Callable[..., P
     assert output.outputs[0].text in ("Yes, it is.", "No.")
 
 
-def write_adapter(folder: Path, model: PreTrainedModel, *, rank: int = 4, alpha: int = 8) -> PreTrainedModel:
-    """Write a random LoRA adapter of every projection; returns a copy of the model with it merged."""
-    merged, tensors = copy.deepcopy(model), {}
-    generator = torch.Generator().manual_seed(1)
-    for name, module in merged.named_modules():
-        if isinstance(module, nn.Linear) and name.endswith("_proj"):
-            down = torch.randn(rank, module.in_features, generator=generator) / module.in_features**0.5
-            up = torch.randn(module.out_features, rank, generator=generator) / rank
-            module.weight.data += alpha / rank * up @ down
-            tensors |= {f"base_model.model.{name}.lora_A.weight": down, f"base_model.model.{name}.lora_B.weight": up}
-    targets = sorted({name.split(".")[-3] for name in tensors})
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": targets, "bias": "none"}
-    folder.mkdir()
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    save_file(tensors, folder / "adapter_model.safetensors")
-    return merged
-
-
-def test_adapters_beside_the_model(start: Callable[..., LLM], folder_of: Callable[..., Path], tmp_path: Path) -> None:
-    model = engines.open_model(folder_of())
-    adapted = write_adapter(tmp_path / "adapter", model)
-    states = {"power_retention": {"states": str(tmp_path / "states")}}
-    engine = start(folder_of(), enable_lora=True, max_lora_rank=8, additional_config=states)
-    requests = [{"prompt_token_ids": prompt} for prompt in engines.prompts_of(engines.LENGTHS)]
-    adapter = LoRARequest("adapter", 1, str(tmp_path / "adapter"))
-    chosen = [adapter if i % 2 else None for i in range(len(requests))]
-    outputs = engine.generate(requests, engines.sampling(30), lora_request=chosen, use_tqdm=False)
-    assert engines.distance(model, outputs[::2]) < engines.CLOSE
-    assert engines.distance(adapted, outputs[1::2]) < 5 * engines.CLOSE
-    assert engines.distance(model, outputs[1::2]) > 0.1
-    saving = engines.sampling(3, extra_args={"save_state": "book"})
-    with pytest.raises(VLLMValidationError, match="asks for an adapter"):
-        engine.generate(requests[:1], saving, lora_request=adapter, use_tqdm=False)
-
-
 def test_several_answers(start: Callable[..., LLM], folder_of: Callable[..., Path]) -> None:
     outputs = engines.generate(start(folder_of()), engines.prompts_of((70, 3)), 20, n=3, temperature=1.0)
     model = engines.open_model(folder_of())
@@ -157,6 +115,7 @@ def test_several_answers(start: Callable[..., LLM], folder_of: Callable[..., Pat
 @pytest.mark.parametrize(
     ("changes", "options", "sentence"),
     [
+        ({}, {"enable_lora": True}, "LoRA adapters are not supported"),
         ({}, {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}}, "speculative"),
         ({}, {"kv_cache_dtype": "fp8"}, "--kv-cache-dtype"),
         ({}, {"additional_config": {"power_retention": {"stats": "x"}}}, "may hold fold_size"),

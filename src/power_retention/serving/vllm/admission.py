@@ -92,11 +92,6 @@ def admit(vllm_config: VllmConfig, request: Any) -> None:
     extra.pop(_ADMITTED, None)
     start, save = extra.get(START, ""), extra.get(SAVE, "")
     if start or save:
-        if request.lora_request is not None:
-            raise ArgumentError(
-                f"A state belongs to the model that read it, and this request asks for an adapter too: leave out {START} and "
-                f"{SAVE}, or ask for the model itself."
-            )
         directory = directory_of(vllm_config, OWNER.get())
         if start:
             _check_start(directory, start, vllm_config)

@@ -110,6 +110,9 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
         "transformers": rope_type in _ROPE_BY_LENGTH,
         "speculative decoding is not supported yet: leave --speculative-config out": vllm_config.speculative_config
         is not None,
+        "LoRA adapters are not supported yet: merge the adapter into the model, and leave --enable-lora out": (
+            vllm_config.lora_config is not None
+        ),
         "quantised weights are not supported yet: serve the model in bfloat16": vllm_config.model_config.quantization
         is not None,
         "--pipeline-parallel-size is not supported: share the heads among GPUs with --tensor-parallel-size": (

@@ -20,7 +20,6 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.interfaces import (
     HasInnerState,
     IsAttentionFree,
-    SupportsLoRA,
     SupportsMambaPrefixCaching,
 )
 from vllm.model_executor.models.utils import maybe_prefix
@@ -171,11 +170,10 @@ class PowerRetentionModel(nn.Module):
         return normed  # type: ignore[no-any-return]
 
 
-class PowerRetentionForCausalLM(nn.Module, HasInnerState, IsAttentionFree, SupportsLoRA, SupportsMambaPrefixCaching):
+class PowerRetentionForCausalLM(nn.Module, HasInnerState, IsAttentionFree, SupportsMambaPrefixCaching):
     """Every dense model of :class:`power_retention.models.PowerRetentionConfig`, published formats included."""
 
     packed_modules_mapping: ClassVar[dict[str, list[str]]] = PACKED
-    embedding_modules: ClassVar[dict[str, str]] = {"embed_tokens": "input_embeddings", "lm_head": "output_embeddings"}
     # Beside its weights a converted folder keeps what it was calibrated to.
     allow_patterns_overrides: ClassVar[list[str]] = ["model*.safetensors"]
 

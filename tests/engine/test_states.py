@@ -130,6 +130,27 @@ def test_a_conversation_under_one_name(
     assert directory.inspect("chat").header.tokens_seen == len(read)
 
 
+def test_a_request_waits_for_the_one_that_saves(
+    directory: StateDirectory, start: Callable[..., LLM], folder_of: Callable[..., Path]
+) -> None:
+    engine = start(folder_of(), **options(directory))
+    book, question = engines.prompts_of((90, 6))
+    for name, prompt, names in (
+        ("r0", book, {"save_state": "book"}),
+        ("r1", question, {"state": "book", "save_state": "next"}),
+        ("r2", question, {"state": "next"}),
+    ):
+        engine.llm_engine.add_request(name, {"prompt_token_ids": prompt}, engines.sampling(8, extra_args=names))
+    outputs = []
+    while engine.llm_engine.has_unfinished_requests():
+        outputs += [output for output in engine.llm_engine.step() if output.finished]
+    read: list[int] = []
+    for output in sorted(outputs, key=lambda output: output.request_id):
+        assert engines.distance(engines.open_model(folder_of()), [output], before=read) < engines.CLOSE
+        read += list(output.prompt_token_ids) + list(output.outputs[0].token_ids)
+    assert len(outputs) == 3
+
+
 def test_an_answer_that_ends_by_itself_is_saved_with_its_end(
     directory: StateDirectory, start: Callable[..., LLM], folder_of: Callable[..., Path]
 ) -> None:

@@ -88,6 +88,7 @@ class StateConnector(KVConnectorBase_V1, SupportsHMA):
         self.config = vllm_config
         self.page_tokens: int = vllm_config.cache_config.mamba_block_size or vllm_config.model_config.max_model_len
         self.pins: dict[str, Path] = {}  # what running requests started from
+        self.saving: dict[str, tuple[str, str]] = {}  # under which name of whom requests will save
         self.broken: set[str] = set()  # requests that can never start
         self.salts: dict[str, str] = {}
         self.secret = secrets.token_hex(16)  # nobody's own salt is one of ours
@@ -102,9 +103,13 @@ class StateConnector(KVConnectorBase_V1, SupportsHMA):
     def on_new_request(self, request: Any) -> None:
         """Hold on to what a request starts from, unless it is yet to be written."""
         job = Job.of(request)
-        if job is not None and job.start:
+        if job is None:
+            return
+        if job.save:
+            self.saving[request.request_id] = (job.save, job.owner)
+        if job.start:
             self.salt(request, request.request_id)
-            if not self.is_awaited(job):
+            if not self.is_awaited(request, job):
                 self.pin(request, job)
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
@@ -115,14 +120,19 @@ class StateConnector(KVConnectorBase_V1, SupportsHMA):
         if name in self.broken:
             return 1, True
         if name not in self.pins:
-            if not self.is_awaited(job):
+            if not self.is_awaited(request, job):
                 self.pin(request, job)
             return None, False
         return 0, False
 
-    def is_awaited(self, job: Job) -> bool:
-        """Whether an ended request is still to write what another starts from."""
-        return any((save.job.save, save.job.owner) == (job.start, job.owner) for save in self.saves)
+    def is_awaited(self, request: Any, job: Job) -> bool:
+        """Whether a state is yet to be written: by a request that has ended or, where nothing is there yet, by one that runs."""
+        wanted = (job.start, job.owner)
+        if any((save.job.save, save.job.owner) == wanted for save in self.saves):
+            return True
+        if directory_of(self.config, job.owner).path_of(job.start).exists():
+            return False
+        return any(saved == wanted for other, saved in self.saving.items() if other != request.request_id)
 
     def pin(self, request: Any, job: Job) -> None:
         """Hold on to the file that a request starts from: thrown out, it starts again from the same."""
@@ -171,6 +181,7 @@ class StateConnector(KVConnectorBase_V1, SupportsHMA):
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """Note what an ended request leaves; its page stays as it is until the workers have seen to it."""
+        self.saving.pop(request.request_id, None)
         self.salts.pop(request.request_id, None)
         self.broken.discard(request.request_id)
         if request.request_id in self.pins:

@@ -8,6 +8,7 @@ from pathlib import Path
 import engines
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 from vllm import LLM
 
 from power_retention.conversion.convert import calibration_windows, convert, sample_text, save_conversion
@@ -58,6 +59,20 @@ def test_states_in_bfloat16(start: Callable[..., LLM], folder_of: Callable[..., 
     options = {"power_retention": {"state_dtype": "bfloat16"}}
     outputs = engines.generate(start(folder_of(), additional_config=options), engines.prompts_of(engines.LENGTHS))
     assert engines.CLOSE < engines.distance(engines.open_model(folder_of()), outputs) < 0.2
+
+
+@torch.no_grad()
+def test_a_model_in_bfloat16(start: Callable[..., LLM], folder_of: Callable[..., Path]) -> None:
+    exact, rounded = (
+        AutoModelForCausalLM.from_pretrained(folder_of(), dtype=d) for d in (torch.float32, torch.bfloat16)
+    )
+    outputs = engines.generate(start(folder_of(), dtype="bfloat16"), engines.prompts_of(engines.LENGTHS))
+    allowed = 0.0
+    for output in outputs:
+        ids = torch.tensor([[*output.prompt_token_ids, *output.outputs[0].token_ids]])
+        one, other = (model(ids).logits.float().log_softmax(-1) for model in (exact, rounded))
+        allowed = max(allowed, (one - other).abs().max().item())
+    assert engines.distance(exact, outputs) < 1.5 * allowed
 
 
 def test_compiled(start: Callable[..., LLM], folder_of: Callable[..., Path]) -> None:

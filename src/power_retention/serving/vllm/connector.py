@@ -126,7 +126,7 @@ class StateConnector(KVConnectorBase_V1, SupportsHMA):
         return 0, False
 
     def is_awaited(self, request: Any, job: Job) -> bool:
-        """Whether a state is yet to be written: by a request that has ended or, where nothing is there yet, by one that runs."""
+        """Whether a state is yet to be written: by a request that has ended or, where nothing is there, by one that runs."""
         wanted = (job.start, job.owner)
         if any((save.job.save, save.job.owner) == wanted for save in self.saves):
             return True

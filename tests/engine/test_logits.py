@@ -45,6 +45,12 @@ def test_concurrent_ragged_requests_in_pieces(
     assert engines.distance(engines.open_model(folder), outputs) < allowed
 
 
+def test_many_prompts_in_one_step(start: Callable[..., LLM], folder_of: Callable[..., Path]) -> None:
+    engine = start(folder_of(), max_num_seqs=40, max_num_batched_tokens=256)
+    outputs = engines.generate(engine, engines.prompts_of([1 + i % 5 for i in range(40)]), 6)
+    assert engines.distance(engines.open_model(folder_of()), outputs) < engines.CLOSE
+
+
 def test_a_real_model_converted(start: Callable[..., LLM], stories_dir: Path, tmp_path: Path) -> None:
     source = open_source(stories_dir)
     ids = tokenize([sample_text()], source.tokenizer, max_tokens=1024).ids

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,14 @@ from vllm.v1.attention.backends.mamba_attn import BaseMambaAttentionMetadata, Ba
 
 @dataclass
 class PowerRetentionMetadata(BaseMambaAttentionMetadata):
-    """Decoding rows come first, one token each; then the prompts, one after the other."""
+    """Decoding rows come first, one token each; then the prompts, one after the other.
+
+    Attributes:
+        prompt_borders: where each prompt begins among the prompts' tokens, and where the last ends; known without asking the
+            device.
+    """
+
+    prompt_borders: tuple[int, ...] = ()
 
     @classmethod
     def of_one_token(cls, page: int, device: torch.device) -> PowerRetentionMetadata:
@@ -21,7 +29,7 @@ class PowerRetentionMetadata(BaseMambaAttentionMetadata):
         def numbers(*values: int) -> Tensor:
             return torch.tensor(values, dtype=torch.int32, device=device)
 
-        given = {
+        given: dict[str, Any] = {
             "num_prefills": 1,
             "num_prefill_tokens": 1,
             "num_decodes": 0,
@@ -31,9 +39,11 @@ class PowerRetentionMetadata(BaseMambaAttentionMetadata):
             "query_start_loc_p": numbers(0, 1),
             "state_indices_tensor_p": numbers(page),
             "seq_lens": numbers(1),
+            "prompt_borders": (0, 1),
         }
         # Versions of vLLM differ in what else there is, none of which we read.
-        return cls(**dict.fromkeys(item.name for item in fields(cls)) | given)
+        values: dict[str, Any] = dict.fromkeys(item.name for item in fields(cls))
+        return cls(**(values | given))
 
 
 class PowerRetentionMetadataBuilder(BaseMambaAttentionMetadataBuilder[PowerRetentionMetadata]):
@@ -41,6 +51,16 @@ class PowerRetentionMetadataBuilder(BaseMambaAttentionMetadataBuilder[PowerReten
 
     metadata_cls = PowerRetentionMetadata
     needs_causal_conv1d_metadata = False
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False, **more: Any
+    ) -> PowerRetentionMetadata:
+        """The rows of one step."""
+        metadata: PowerRetentionMetadata = super().build(common_prefix_len, common_attn_metadata, fast_build, **more)
+        if not metadata.num_prefills:
+            return metadata
+        borders = common_attn_metadata.query_start_loc_cpu[-metadata.num_prefills - 1 :]
+        return replace(metadata, prompt_borders=tuple((borders - metadata.num_decode_tokens).tolist()))
 
 
 class PowerRetentionBackend(AttentionBackend):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.config import VllmConfig, get_current_vllm_config
-from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
@@ -26,6 +26,9 @@ from power_retention.serving.vllm.engine import page_layout
 from power_retention.serving.vllm.metadata import PowerRetentionMetadata
 from power_retention.serving.vllm.page import BASE, LOADED, SEEN, Pages
 from power_retention.serving.vllm.plugin import register_metadata
+
+PROMPTS_AT_ONCE = 16
+"""Prompts whose states are worked on together: more would take more memory, and hardly less time."""
 
 
 class PowerRetentionMixer(nn.Module, MambaBase):
@@ -46,7 +49,6 @@ class PowerRetentionMixer(nn.Module, MambaBase):
         self.head_dim, self.p = config.head_dim, config.power
         hidden, quantized = config.hidden_size, vllm_config.quant_config
         query_heads, heads = config.num_attention_heads, config.num_key_value_heads
-        self.query_heads = query_heads // get_tensor_model_parallel_world_size()
         self.heads = self.layout.heads
         self.qkv_proj = QKVParallelLinear(
             hidden,
@@ -111,9 +113,17 @@ class PowerRetentionMixer(nn.Module, MambaBase):
             y[:decoding] = self._decode(q_B1HD, k_B1HD, v_B1HD, g_B1H, slots).squeeze(1)
             self.pages.record[slots.clamp(min=0).long(), SEEN] += 1
         if prompts:
-            span = slice(decoding, decoding + prompts)
-            q_1THD, k_1THD, v_1THD, g_1TH = (x[span].unsqueeze(0) for x in (q, k, v, log_g))
-            y[span] = self._read_prompts(q_1THD, k_1THD, v_1THD, g_1TH, metadata).squeeze(0)
+            assert metadata.query_start_loc_p is not None
+            assert metadata.state_indices_tensor_p is not None
+            fresh = ~continues(self.pages.record, metadata)
+            for first in range(0, metadata.num_prefills, PROMPTS_AT_ONCE):
+                group = slice(first, min(first + PROMPTS_AT_ONCE, metadata.num_prefills))
+                start, end = metadata.prompt_borders[group.start], metadata.prompt_borders[group.stop]
+                span = slice(decoding + start, decoding + end)
+                q_1THD, k_1THD, v_1THD, g_1TH = (x[span].unsqueeze(0) for x in (q, k, v, log_g))
+                borders = metadata.query_start_loc_p[group.start : group.stop + 1] - start
+                slots = metadata.state_indices_tensor_p[group].long()
+                y[span] = self._read_prompts(q_1THD, k_1THD, v_1THD, g_1TH, slots, borders, fresh[group]).squeeze(0)
 
     def _decode(self, q: Tensor, k: Tensor, v: Tensor, log_g: Tensor, slots: Tensor) -> Tensor:
         ring = self.pages.ring
@@ -123,14 +133,18 @@ class PowerRetentionMixer(nn.Module, MambaBase):
         ring.cursor.copy_(beside.cursor)
         return y
 
-    def _read_prompts(self, q: Tensor, k: Tensor, v: Tensor, log_g: Tensor, metadata: PowerRetentionMetadata) -> Tensor:
-        """Prompts, or pieces of them, packed along T: every token goes into the state, and rings are left empty."""
+    def _read_prompts(
+        self, q: Tensor, k: Tensor, v: Tensor, log_g: Tensor, slots: Tensor, borders: Tensor, fresh: Tensor
+    ) -> Tensor:
+        """Prompts, or pieces of them, packed along T: every token goes into the state, and rings are left empty.
+
+        Args:
+            q, k, v, log_g: ``[1, T, …]``.
+            slots: ``[R]``, the pages of R prompts.
+            borders: ``[R + 1]``, where each begins.
+            fresh: ``[R]``, which of them have no past.
+        """
         ring, record = self.pages.ring, self.pages.record
-        slots, borders = metadata.state_indices_tensor_p, metadata.query_start_loc_p
-        assert slots is not None
-        assert borders is not None
-        slots = slots.long()
-        fresh = ~continues(record, metadata)
         before = ring.select(slots)
         # Pages are handed on as their last owner left them, and what stands there may be anything.
         before.cursor.masked_fill_(fresh.view(-1, 1, 1), 0)
@@ -223,7 +237,8 @@ def _layer_and_metadata(name: str) -> tuple[PowerRetentionMixer, PowerRetentionM
 
 def _read(q: Tensor, k: Tensor, v: Tensor, log_g: Tensor, y: Tensor, layer_name: str) -> None:
     layer, metadata = _layer_and_metadata(layer_name)
-    if metadata is None:  # vLLM measures the memory that a step takes
+    if metadata is None:  # vLLM measures the memory that a step takes: states before, folded and after
+        torch.empty(3 * PROMPTS_AT_ONCE, layer.layout.nbytes, dtype=torch.uint8, device=y.device)
         y.zero_()
         return
     layer.read(q, k, v, log_g, y, metadata)

@@ -24,8 +24,8 @@ LENGTHS = (1, 2, 65, 7, 64, 200, 33, 17, 128, 5, 63, 31)
 CLOSE = 1e-4
 """How far log-probabilities may be from the Hugging Face class in float32.
 
-Its own, of a sequence read at once and read in pieces, differ by 1e-5 mostly, and by more where a query has few keys to answer it
-and none does well.  A token forgotten, or one too many, is a matter of 1e-2 and more.
+Its own, of a sequence read at once and read in pieces, differ by 1e-5 mostly, and by more where a query has few keys to
+answer it and none does well.  A token forgotten, or one too many, is a matter of 1e-2 and more.
 """
 
 PUBLISHED = {"brumby": (BrumbyConfig, BrumbyForCausalLM), "powercoder": (PowerCoderConfig, PowerCoderForCausalLM)}

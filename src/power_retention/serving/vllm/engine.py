@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from vllm.config import KVTransferConfig, VllmConfig
+from vllm.config import CUDAGraphMode, KVTransferConfig, VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import MambaModelConfig
 from vllm.platforms import current_platform
@@ -22,6 +22,12 @@ from power_retention.serving.vllm.page import FOLD_SIZE, PageLayout
 logger = init_logger(f"vllm.{__name__}")  # vLLM prints what its own loggers say
 
 _STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+WIDEST_KERNEL = 256
+"""Head width up to which decoding has a kernel, at p = 2."""
+
+LONGEST_FOLD = 128
+"""Likewise for ``fold_size``."""
+
 OVERHEAD = 1.5e9
 """Bytes that libraries and graphs take beside a model, a guess on the safe side."""
 
@@ -94,6 +100,7 @@ class EngineConfig(MambaModelConfig):
             )
         fit_users(vllm_config)
         connect_states(vllm_config)
+        keep_out_of_graphs(vllm_config)
 
 
 def refuse_unsupported(vllm_config: VllmConfig) -> None:
@@ -131,6 +138,16 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
     for reason, applies in reasons.items():
         if applies:
             raise ArgumentError(f"{model.model}: {reason}.")
+
+
+def keep_out_of_graphs(vllm_config: VllmConfig) -> None:
+    """Where decoding has no kernel, its plain form looks at values, which no CUDA graph of a whole step allows."""
+    model = vllm_config.model_config
+    config: PowerRetentionConfig = model.hf_config
+    folds = ServingOptions.of(vllm_config).fold_size
+    has_kernel = config.power == 2 and (config.head_dim or 0) <= WIDEST_KERNEL and folds <= LONGEST_FOLD
+    if not has_kernel and not model.enforce_eager and current_platform.is_cuda():
+        vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.PIECEWISE
 
 
 def connect_states(vllm_config: VllmConfig) -> None:

@@ -75,9 +75,7 @@ class PowerRetentionMixer(nn.Module, MambaBase):
         layers[prefix] = self
         self.model: Callable[[], nn.Module | None] = lambda: None
         """The whole model, where this is its first layer."""
-        self.kv_cache: Any = ()
-        self._pages: Pages | None = None
-        self._bound: Any = None
+        self._bound: tuple[Any, Pages | None] = ((), None)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """``[N, hidden]`` → ``[N, hidden]`` for N tokens of any requests; cos and sin ``[N, r]``."""
@@ -98,11 +96,22 @@ class PowerRetentionMixer(nn.Module, MambaBase):
         return out
 
     @property
+    def kv_cache(self) -> Any:
+        """The parts of all pages, as vLLM binds them."""
+        return self._bound[0]
+
+    @kv_cache.setter
+    def kv_cache(self, parts: Any) -> None:
+        # Named at once: a graph that is being captured is no place to allocate in.
+        named = Pages.of(tuple(parts), self.layout) if len(parts) == len(self.layout.parts) else None
+        self._bound = (parts, named)
+
+    @property
     def pages(self) -> Pages:
-        """This layer's memory, as vLLM bound it."""
-        if self._pages is None or self._bound is not self.kv_cache:
-            self._bound, self._pages = self.kv_cache, Pages.of(tuple(self.kv_cache), self.layout)
-        return self._pages
+        """This layer's memory."""
+        pages = self._bound[1]
+        assert pages is not None
+        return pages
 
     def read(self, q: Tensor, k: Tensor, v: Tensor, log_g: Tensor, y: Tensor, metadata: PowerRetentionMetadata) -> None:
         """Answer all tokens of a step into ``y``, and remember them."""

@@ -26,7 +26,7 @@ FAMILIES = {
             "rope_type": "yarn",
             "rope_theta": 1e4,
             "factor": 4.0,
-            "original_max_position_embeddings": 64,
+            "original_max_position_embeddings": 256,
         }
     },
     "brumby": {"published": "brumby", "head_dim": 16},

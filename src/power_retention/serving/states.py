@@ -1,0 +1,235 @@
+"""States with names, in one folder: what was read once, kept under a name that a request can start from or save to.
+
+Each state is a file ``NAME.state`` (``docs/state.md``).  Owners, one an API key, have folders of their own within it and see
+nothing of each other's.  Several processes may use the folder at once: files appear complete or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from power_retention.errors import OutputError, StateError
+from power_retention.files import clear_write_errors
+from power_retention.ops import PowerState
+from power_retention.ops.state_file import StateHeader, fork_states, load_states, read_header, save_states
+
+SUFFIX = ".state"
+PINNED = ".pinned"
+_REMEMBERED = 1000
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+class MissingState(StateError):
+    """There is no state of that name."""
+
+
+class FullDirectory(OutputError):
+    """An owner keeps as much as is allowed."""
+
+
+@dataclass(frozen=True)
+class NamedState:
+    """A state that lies in a directory.
+
+    Attributes:
+        name: what requests call it.
+        nbytes: size of its file.
+        header: what it says about itself.
+    """
+
+    name: str
+    nbytes: int
+    header: StateHeader
+
+
+def owner_of(key: str) -> str:
+    """The owner that an API key stands for: a name of a folder that does not betray the key."""
+    return hashlib.sha256(b"power-retention owner " + key.encode()).hexdigest()[:32] if key else ""
+
+
+class StateDirectory:
+    """The states of one owner.
+
+    Args:
+        path: the folder; made when something is saved.
+        max_states: how many states the owner may keep.
+        max_bytes: bytes that the owner's states may take; None: as the disk allows.
+        owner: whose states, see :func:`owner_of`; "" where there is one owner only.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], *, max_states: int = 1000, max_bytes: int | None = None, owner: str = ""
+    ) -> None:
+        if owner and not re.fullmatch(r"[0-9a-f]{32}", owner):
+            raise StateError(f"{owner!r} is no owner of states; owner_of(key) makes one.")
+        self.path = Path(path) / f"owner-{owner}" if owner else Path(path)
+        self.max_states, self.max_bytes = max_states, max_bytes
+
+    def path_of(self, name: str) -> Path:
+        """Where the state of that name lies, or would lie: always directly in this owner's folder.
+
+        Raises:
+            StateError: that is no name.
+        """
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise StateError(
+                f"{name!r} is no name of a state: 1 to 100 letters, digits, points, hyphens and underscores were expected, "
+                "the first a letter or a digit."
+            )
+        return self.path / f"{name}{SUFFIX}"
+
+    def existing(self, name: str) -> Path:
+        """The file of a state that is there.
+
+        Raises:
+            MissingState: it is not.
+        """
+        path = self.path_of(name)
+        # A link could lead out of the folder.
+        if path.is_symlink() or not path.is_file():
+            raise MissingState(
+                f"There is no state called {name!r}; save one under that name first, or list those there."
+            )
+        return path
+
+    def inspect(self, name: str) -> NamedState:
+        """What a state says about itself; its tensors are not read."""
+        path = self.existing(name)
+        return NamedState(name, path.stat().st_size, read_header(path))
+
+    def list(self) -> Sequence[NamedState]:
+        """All states that can be read, newest first."""
+        found = []
+        for path in self._files():
+            try:
+                found.append(self.inspect(path.name.removesuffix(SUFFIX)))
+            except StateError:
+                continue
+        return sorted(found, key=lambda state: state.header.created, reverse=True)
+
+    def verify(self, name: str, *, model: str | None = None) -> StateHeader:
+        """The header of a state whose every byte was checked; at once where the same file was checked before.
+
+        Args:
+            name: of the state.
+            model: fingerprint that it must carry.
+
+        Raises:
+            StateError: it is missing, damaged, in an unknown layout or of another model.
+        """
+        return verified(self.existing(name), model)
+
+    def pin(self, name: str) -> Path:
+        """Another name for the file of a state, hidden, which stays when the state is replaced or deleted; to be unlinked.
+
+        Raises:
+            MissingState: there is no such state.
+            OutputError: the disk knows no second names.
+        """
+        path = self.existing(name)
+        pinned = self.path / f".{secrets.token_hex(8)}{PINNED}"
+        with clear_write_errors(pinned):
+            try:
+                os.link(path, pinned)
+            except FileNotFoundError:
+                raise MissingState(f"The state {name!r} was deleted a moment ago.") from None
+        return pinned
+
+    def remove_old_pins(self, seconds: float = 86400) -> None:
+        """Remove what processes that were killed have left, of all owners."""
+        for path in self.path.glob(f"**/.*{PINNED}"):
+            if time.time() - path.lstat().st_ctime > seconds:
+                path.unlink(missing_ok=True)
+
+    def load(self, name: str, *, model: str | None = None) -> tuple[Sequence[PowerState], StateHeader]:
+        """The states of all layers, and their header; errors as of :meth:`verify`."""
+        self.verify(name, model=model)
+        return load_states(self.existing(name), model=model, verify=False)
+
+    def check_room(self, name: str, nbytes: int) -> None:
+        """Refuse what would be too much.
+
+        Raises:
+            StateError: that is no name.
+            FullDirectory: with a state of ``nbytes`` under that name, the owner would keep too much.
+        """
+        replaced = self.path_of(name)
+        others = [path for path in self._files() if path != replaced]
+        if len(others) >= self.max_states:
+            raise FullDirectory(
+                f"The state {name!r} cannot be saved: {len(others):,} are kept already, which is the limit. Delete some first."
+            )
+        kept = sum(_size(path) for path in others)
+        if self.max_bytes is not None and kept + nbytes > self.max_bytes:
+            raise FullDirectory(
+                f"The state {name!r} cannot be saved: it takes {nbytes / 1e6:,.1f} MB, and {kept / 1e6:,.1f} of "
+                f"{self.max_bytes / 1e6:,.1f} MB are taken. Delete some states first."
+            )
+
+    def save(
+        self,
+        name: str,
+        states: Sequence[PowerState],
+        *,
+        model: str,
+        tokens_seen: int,
+        extra: Mapping[str, str] | None = None,
+    ) -> StateHeader:
+        """Keep states under a name, instead of what was kept under it; arguments as of :func:`save_states`.
+
+        Raises:
+            FullDirectory: the owner keeps too much already.
+            OutputError: the disk refuses; what was kept under the name is unchanged.
+        """
+        path = self.path_of(name)
+        self.check_room(name, sum(state.nbytes for state in states))
+        with clear_write_errors(path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        noted = {"position": str(tokens_seen), **(extra or {})}
+        return save_states(path, states, model=model, tokens_seen=tokens_seen, extra=noted)
+
+    def fork(self, name: str, copy: str) -> StateHeader:
+        """Keep a copy under another name, which must be free."""
+        path, target = self.existing(name), self.path_of(copy)
+        self.check_room(copy, path.stat().st_size)
+        return fork_states(path, target)
+
+    def delete(self, name: str) -> None:
+        """Forget a state."""
+        path = self.existing(name)
+        with clear_write_errors(path):
+            path.unlink(missing_ok=True)
+
+    def _files(self) -> Sequence[Path]:
+        if not self.path.is_dir():
+            return []
+        return [path for path in self.path.iterdir() if path.suffix == SUFFIX and not path.name.startswith(".")]
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:  # deleted meanwhile
+        return 0
+
+
+_checked: dict[tuple[object, ...], StateHeader] = {}
+
+
+def verified(path: Path, model: str | None) -> StateHeader:
+    """The header of a file whose every byte is checked, once for each version of it; errors as of :func:`load_states`."""
+    status = path.stat()
+    version = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, model)
+    if version not in _checked:
+        header = load_states(path, model=model)[1]
+        if len(_checked) >= _REMEMBERED:
+            _checked.pop(next(iter(_checked)), None)
+        _checked[version] = header
+    return _checked[version]

@@ -1,0 +1,1 @@
+"""A plugin for vLLM: with it installed, ``vllm serve DIR`` serves our models; see ``docs/serving.md``."""

@@ -1,0 +1,165 @@
+"""Requests that name states are looked at where they arrive: what cannot be done is refused there, in a sentence.
+
+An ordinary client passes the names as ``extra_body={"vllm_xargs": {"state": "book", "save_state": "book-2"}}``.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass
+from functools import lru_cache, wraps
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from vllm.config import VllmConfig
+from vllm.exceptions import VLLMValidationError
+
+from power_retention.errors import ArgumentError, PowerRetentionError, StateError
+from power_retention.models import PowerRetentionConfig
+from power_retention.models.fingerprint import fingerprint_folder
+from power_retention.ops.state_file import StateHeader
+from power_retention.serving.states import MissingState, StateDirectory
+from power_retention.serving.vllm.engine import ServingOptions, page_layout
+from power_retention.serving.vllm.plugin import ARCHITECTURES
+
+START, SAVE = "state", "save_state"
+"""Fields of a request: the state to start from, and the name under which to keep what was read and written."""
+
+_ADMITTED = "power_retention_job"
+
+OWNER: ContextVar[str] = ContextVar("power_retention_owner", default="")
+"""Whose states the request that is being handled may use, see :func:`power_retention.serving.states.owner_of`."""
+
+_promised: set[Path] = set()
+"""Where requests of this process will save, so that the next may name it before the file is there."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a request wants with states, resolved.
+
+    Attributes:
+        start: name to start from, or "".
+        save: name to save to, or "".
+        owner: whose they are.
+    """
+
+    start: str
+    save: str
+    owner: str
+
+    @classmethod
+    def of(cls, request: Any) -> Job | None:
+        """What an admitted request wants, None where it wants nothing."""
+        extra = getattr(request.sampling_params, "extra_args", None) or {}
+        return cls(**extra[_ADMITTED]) if _ADMITTED in extra else None
+
+
+def install() -> None:
+    """Look at every request that the engine's front end makes, once a process."""
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    original = InputProcessor.process_inputs
+    if getattr(original, "looks_at_states", False):
+        return
+
+    @wraps(original)
+    def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
+        request = original(self, *args, **kwargs)
+        if self.vllm_config.model_config.architecture in ARCHITECTURES:
+            try:
+                admit(self.vllm_config, request)
+            except PowerRetentionError as error:  # which servers answer with the status 400
+                raise VLLMValidationError(str(error)) from error
+        return request
+
+    process_inputs.looks_at_states = True  # type: ignore[attr-defined]
+    InputProcessor.process_inputs = process_inputs
+
+
+def admit(vllm_config: VllmConfig, request: Any) -> None:
+    """Check the states that a request names, and note in it what the engine is to do.
+
+    Raises:
+        ArgumentError: the request cannot be served with them.
+        StateError: a state is missing, damaged or of another model, or a name is none.
+        FullDirectory: there is no room for what is to be saved.
+    """
+    params = request.sampling_params
+    extra = dict(params.extra_args or {}) if params is not None else {}
+    # Nobody but this function says what is admitted.
+    extra.pop(_ADMITTED, None)
+    start, save = extra.get(START, ""), extra.get(SAVE, "")
+    if start or save:
+        directory = directory_of(vllm_config, OWNER.get())
+        if start:
+            _check_start(directory, start, vllm_config)
+        if save:
+            _check_save(directory, save, params, vllm_config)
+        extra[_ADMITTED] = asdict(Job(start, save, OWNER.get()))
+    if params is not None and params.extra_args is not None:
+        params.extra_args = extra
+
+
+def directory_of(vllm_config: VllmConfig, owner: str) -> StateDirectory:
+    """The states that an owner has at this server."""
+    options = ServingOptions.of(vllm_config)
+    if options.states is None:
+        raise ArgumentError(
+            'This server keeps no states; start it with --additional-config \'{"power_retention": {"states": "FOLDER"}}\'.'
+        )
+    return StateDirectory(options.states, max_states=options.max_states, max_bytes=options.max_bytes, owner=owner)
+
+
+@lru_cache(maxsize=4)
+def fingerprint(model: str, revision: str | None, downloads: str | None) -> str:
+    """The fingerprint of the model being served, a folder or a name on the hub."""
+    folder = Path(model)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(model, revision=revision, cache_dir=downloads, local_files_only=True))
+    return fingerprint_folder(folder)
+
+
+def fingerprint_of(vllm_config: VllmConfig) -> str:
+    """The fingerprint of an engine's model."""
+    model = vllm_config.model_config
+    return fingerprint(model.model, model.revision, vllm_config.load_config.download_dir)
+
+
+def _check_start(directory: StateDirectory, name: str, vllm_config: VllmConfig) -> None:
+    path = directory.path_of(name)
+    try:
+        header = directory.verify(name, model=fingerprint_of(vllm_config))
+    except MissingState:
+        if path in _promised:
+            return  # the engine waits for it
+        raise
+    _promised.discard(path)
+    check_fits(name, header, vllm_config)
+
+
+def check_fits(name: str, header: StateHeader, vllm_config: VllmConfig) -> None:
+    """Refuse a state that no request to this model can start from, whatever its header says of models."""
+    config: PowerRetentionConfig = vllm_config.model_config.hf_config
+    heads, d = config.num_key_value_heads, config.head_dim
+    found = (header.batch, header.layers, header.heads, header.head_width, header.value_width, header.p)
+    wanted = (1, config.num_hidden_layers, heads, d, d, config.power)
+    if found != wanted:
+        raise StateError(
+            f"The state {name!r} has (sequences, layers, heads, key width, value width, p) = {found}; a request to this "
+            f"model can start from {wanted} only."
+        )
+
+
+def _check_save(directory: StateDirectory, name: str, params: Any, vllm_config: VllmConfig) -> None:
+    if params.n != 1:
+        raise ArgumentError(f"{SAVE} keeps one answer, and n={params.n} were asked for: ask for one.")
+    if params.stop:
+        raise ArgumentError(
+            f"{SAVE} cannot be used with stop strings, which are found after more was written than they end: use "
+            "stop_token_ids, or max_tokens."
+        )
+    layout, layers = page_layout(vllm_config), vllm_config.model_config.hf_config.num_hidden_layers
+    directory.check_room(name, layers * layout.state_bytes * vllm_config.parallel_config.tensor_parallel_size)
+    _promised.add(directory.path_of(name))

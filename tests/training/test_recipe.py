@@ -71,3 +71,13 @@ def test_steps_that_fit_into_minutes() -> None:
 
 def test_the_precision_chosen_is_one_of_a_recipes() -> None:
     assert fastest_precision() in ("float32", "bfloat16")
+
+
+def test_the_usual_recipe_follows_the_tokens() -> None:
+    few, some, many = (Recipe.usual(steps, batch=8, length=1024) for steps in (20, 250, 8000))
+    assert (few.align_share, few.mixer_lr, few.other_lr) == (0.8, 5e-4, 1e-4)
+    assert (many.align_share, many.mixer_lr, many.other_lr) == (0.2, 1e-3, 3e-4)
+    assert 0.3 < some.align_share < 0.8
+    assert 5e-4 < some.mixer_lr < 1e-3
+    given = Recipe.usual(8000, batch=8, length=1024, align_share=0.0, mixer_lr=None, seed=3)
+    assert (given.align_share, given.mixer_lr, given.seed) == (0.0, 1e-3, 3)

@@ -56,12 +56,21 @@ def retrain(
     teacher: Teacher = None,
     minutes: Annotated[float, typer.Option(help="How long to train; the number of steps follows from it.")] = 10.0,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps, instead of --minutes.")] = None,
-    batch: Annotated[int, typer.Option(help="Sequences a step.")] = 4,
-    length: Annotated[int, typer.Option(help="Tokens a sequence.")] = 256,
-    align_share: Annotated[float, typer.Option(help="Share of the steps that align the mixers layer by layer.")] = 0.8,
+    batch: Annotated[int | None, typer.Option(help="Sequences a step; by default 4, or 8 on a GPU.")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens a sequence; by default 256, or 1024 on a GPU.")] = None,
+    align_share: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the steps that align the mixers layer by layer; 0.8 to 0.2, the less the more tokens."
+        ),
+    ] = None,
     align_lr: Annotated[float, typer.Option(help="Learning rate of the mixers while aligning.")] = 8e-3,
-    mixer_lr: Annotated[float, typer.Option(help="Learning rate of the mixers while distilling.")] = 5e-4,
-    other_lr: Annotated[float, typer.Option(help="Learning rate of everything else while distilling.")] = 1e-4,
+    mixer_lr: Annotated[
+        float | None, typer.Option(help="Learning rate of the mixers while distilling; 5e-4 to 1e-3, by the tokens.")
+    ] = None,
+    other_lr: Annotated[
+        float | None, typer.Option(help="Learning rate of everything else meanwhile; 1e-4 to 3e-4, by the tokens.")
+    ] = None,
     precision: Annotated[
         str, typer.Option(help="float32, bfloat16, or auto: whichever multiplies faster here.")
     ] = "auto",
@@ -138,10 +147,20 @@ def retrain(
             _check_same_inputs(inputs, given)
             watching = Watching.noted(inputs) or watching
         else:
-            rates = {"align_lr": align_lr, "mixer_lr": mixer_lr, "other_lr": other_lr, "align_share": align_share}
+            rates: dict[str, Any] = {
+                "align_lr": align_lr,
+                "mixer_lr": mixer_lr,
+                "other_lr": other_lr,
+                "align_share": align_share,
+            }
             if _check_precision(precision) == "auto":
                 precision = ranks.same(fastest_precision(place))
-            recipe = Recipe(steps or 1, batch=batch, length=length, seed=seed, precision=precision, **rates)  # type: ignore[arg-type]
+            usual_shape = (8, 1024) if place.type == "cuda" else (4, 256)
+            batch, length = (
+                usual if own is None else own for own, usual in zip((batch, length), usual_shape, strict=True)
+            )
+            shape = {"batch": batch, "length": length}
+            recipe = Recipe.usual(steps or 1, **shape, seed=seed, precision=precision, **rates)
         documents = _training_documents(text or [], text_field, recipe.seed)
         if mixture:
             mixture.batch(0, batch=1, length=recipe.length, seed=0)  # refuses sources shorter than a sequence
@@ -156,7 +175,9 @@ def retrain(
         if timed:
             with status.status("Timing a step of each stage"):
                 seconds = ranks.same(retraining.seconds_per_step())
-            recipe = Recipe(**{**recipe.to_dict(), "steps": steps_within(minutes, seconds, align_share)})
+            rough = steps_within(minutes, seconds, recipe.align_share)
+            settled = Recipe.usual(rough, **shape, seed=seed, precision=precision, **rates)
+            recipe = replace(settled, steps=steps_within(minutes, seconds, settled.align_share))
             with status.status("Tokenizing"):
                 retraining.recipe, retraining.tokens = recipe, mixture or _tokenize(documents, source, recipe)
         probes = watching.probes(retraining, source, mixture, documents, text_field)

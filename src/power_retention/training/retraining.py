@@ -105,13 +105,12 @@ class Retraining:
         stage, read = self.recipe.stage(step), self._read(step)
         for group, rate in zip(self.optimizer.param_groups, self.recipe.learning_rates(step), strict=True):
             group["lr"] = rate
+        figures = self._computed(read, stage)
         if self._recordings is None:
-            figures = self._clipped_gradients(read, stage)
             if torch.isfinite(figures["gradient_norm"]):
                 self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         else:
-            figures = self._recording(read, stage).replay(read)
             # Neither waits for the device: the optimiser looks there whether to do nothing, and the next data are read.
             self.optimizer.found_inf = 1 - torch.isfinite(figures["gradient_norm"]).float()  # type: ignore[attr-defined]
             self.optimizer.step()
@@ -122,6 +121,11 @@ class Retraining:
     def gradients(self, step: int, stage: Stage | None = None) -> Metrics:
         """Compute the gradients of a step without taking it; of another stage's loss if one is named."""
         return self._metrics(self._gradients(self._read(step), stage or self.recipe.stage(step)))
+
+    def _computed(self, read: _Reading, stage: Stage) -> Figures:
+        """The clipped gradients of a step, replayed where they are recorded."""
+        recorded = self._recordings is not None
+        return self._recording(read, stage).replay(read) if recorded else self._clipped_gradients(read, stage)
 
     def _clipped_gradients(self, read: _Reading, stage: Stage) -> Figures:
         figures = self._gradients(read, stage)
@@ -249,9 +253,9 @@ class Retraining:
         seconds: dict[str, float] = {}
         stages: tuple[Stage, ...] = ("align", "distil")
         for stage in stages:
-            for _ in range(2):  # the first pass warms up caches and allocators
+            for _ in range(2):  # the first pass warms up caches and allocators, compiles and records
                 started = time.perf_counter()
-                self.gradients(0, stage)
+                self._metrics(self._computed(self._read(0), stage))
                 seconds[stage] = time.perf_counter() - started
                 self.optimizer.zero_grad(set_to_none=True)
         return seconds

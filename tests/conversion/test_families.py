@@ -138,7 +138,7 @@ def test_softmax_of_packed_rows() -> None:
 
 def test_softmax_keeps_no_state(tmp_path: Path) -> None:
     student = swapped("llama")
-    with softmax_put_back(student), pytest.raises(ArgumentError, match="keeps no state; pass use_cache=False"):
+    with softmax_put_back(student), pytest.raises(ArgumentError, match="keeps no state: pass use_cache=False"):
         student(tokens(1, 5), use_cache=True)
     assert not any(mixer.softmax for mixer in student.mixers)
     student.config.use_exp = True

@@ -6,6 +6,7 @@ What ranks keep (weights, optimiser state) is read off the shards and exact; wha
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -165,7 +166,8 @@ def _shapes(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     with torch.device("meta"):
         if isinstance(config, PowerRetentionConfig):
             return PowerRetentionForCausalLM(config).to(dtype)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        # Of a copy: the library notes the dtype in the configuration that it is given.
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
     return model
 
 

@@ -21,6 +21,7 @@ from power_retention.cli import (
     plan,
     retrain,
     runs,
+    serve,
     sft,
     state,
     tune,
@@ -36,7 +37,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-for module in (convert, data, retrain, sft, runs, export, evaluate, generate, state, card, plan, bench, tune, env):
+for module in (convert, data, retrain, sft, runs, export, evaluate, generate, serve, state, card, plan, bench, tune, env):
     module.register(app)
 
 

@@ -19,7 +19,9 @@ def register(app: typer.Typer) -> None:
 
 def serve(
     model: Annotated[Path, typer.Argument(help="A power-retention model.")],
-    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 is every one of this machine.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; 0.0.0.0 is every one of this machine.")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at; 0 takes a free one.")] = 8000,
     name: Annotated[str | None, typer.Option(help="What the model is called; the folder's name unless given.")] = None,
     device: Annotated[str, typer.Option(help="Where the model runs, such as cpu or cuda.")] = "cpu",
@@ -44,7 +46,8 @@ def serve(
 ) -> None:
     """Serve a model over OpenAI's API, many requests at a time, with states that have names.
 
-    Routes: /v1/models, /v1/completions, /v1/chat/completions, /v1/states, /health.  With --json, a line says where, once it listens.
+    Routes: /v1/models, /v1/completions, /v1/chat/completions, /v1/states, /health.
+    With --json, a line says where, once it listens.
 
     Examples:
 
@@ -71,14 +74,22 @@ def serve(
     with status.status(f"Opening {escape(str(model))}"):
         student, tokenizer = open_student(model).eval().to(device), open_tokenizer(model)
     if not student.config.keeps_state:
-        raise SourceError(f"{model} keeps no state (p = {student.config.power}, or softmax), so it cannot be served here.")
+        raise SourceError(
+            f"{model} keeps no state (p = {student.config.power}, or softmax), so it cannot be served here."
+        )
     if chat_template is not None:
         try:
             tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise SourceError(f"The chat template {chat_template} cannot be read: {error}") from error
     options = ServerOptions(
-        name or model.resolve().name, states, max_states, max_state_bytes, tuple(api_key or ()), max_prompt_tokens, max_tokens
+        name or model.resolve().name,
+        states,
+        max_states,
+        max_state_bytes,
+        tuple(api_key or ()),
+        max_prompt_tokens,
+        max_tokens,
     )
     batcher = Batcher(student, tokenizer, users=users, waiting=waiting, piece=prefill_chunk_size)
 

@@ -1,9 +1,9 @@
 """States with names over HTTP, the same routes at every server of ours.
 
-    GET    /v1/states                 list
-    GET    /v1/states/NAME            inspect
-    POST   /v1/states/NAME/fork       {"to": "OTHER"}
-    DELETE /v1/states/NAME
+GET    /v1/states                 list
+GET    /v1/states/NAME            inspect
+POST   /v1/states/NAME/fork       {"to": "OTHER"}
+DELETE /v1/states/NAME
 """
 
 from __future__ import annotations
@@ -29,9 +29,7 @@ def state_routes(find: FindDirectory) -> list[Route]:
     """The routes, for any Starlette application."""
 
     async def list_states(request: Request) -> JSONResponse:
-        return await _answer(
-            lambda: {"object": "list", "data": [_described(state) for state in find(request).list()]}
-        )
+        return await _answer(lambda: {"object": "list", "data": [_described(state) for state in find(request).list()]})
 
     async def inspect_state(request: Request) -> JSONResponse:
         return await _answer(lambda: _described(find(request).inspect(_name(request))))

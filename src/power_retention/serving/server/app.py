@@ -209,9 +209,7 @@ class Service:
             raise ArgumentError(f"A prompt holds a token id that the model does not have: they are 0 to {size - 1:,}.")
         return prompt
 
-    def _questions(
-        self, request: Request, wishes: Wishes, prompts: list[list[int]], heard: _Heard
-    ) -> list[Question]:
+    def _questions(self, request: Request, wishes: Wishes, prompts: list[list[int]], heard: _Heard) -> list[Question]:
         most = self.options.max_tokens
         if wishes.max_tokens is not None and wishes.max_tokens > most:
             raise ArgumentError(f"max_tokens={wishes.max_tokens:,}; this server writes up to {most:,} a request.")

@@ -1,7 +1,7 @@
 """Continuous batching on one thread: prompts are read piece by piece between the steps in which all answers grow by a token.
 
-A question is admitted when there is a row for each of its answers, in the order of arrival.  Its prompt is read once, into a cache
-of its own; then each answer takes a row of the batch, and gives it up when it ends or when nobody waits for it any more.
+A question is admitted when there is a row for each of its answers, in the order of arrival.  Its prompt is read once, into a
+cache of its own; then each answer takes a row of the batch, and gives it up when it ends or when nobody waits for it any more.
 """
 
 from __future__ import annotations
@@ -223,7 +223,7 @@ class Batcher:
         """A piece of one prompt; the next time it is another's turn."""
         if not self._reading:
             return
-        question = self._reading.popleft()
+        question = self._reading[0]
         try:
             if question.cache is None:
                 question.cache = self._open(question)
@@ -232,11 +232,12 @@ class Batcher:
             logits = self.model(ids, past_key_values=question.cache, use_cache=True, logits_to_keep=1).logits
             question.read += len(part)
             if question.read < len(question.prompt):
-                self._reading.append(question)
-            else:
-                self._begin_answers(question, logits[0, -1].cpu())
+                self._reading.rotate(-1)
+                return
+            self._begin_answers(question, logits[0, -1].cpu())
         except Exception as error:  # one question must not end the others
             self._fail(question, _sentence(error))
+        self._reading.popleft()
 
     def _open(self, question: Question) -> PowerRetentionCache:
         cache = PowerRetentionCache(self.model.config.num_hidden_layers)

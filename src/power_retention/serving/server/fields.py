@@ -96,9 +96,7 @@ def wishes_of(body: Body, *, chat: bool) -> Wishes:
         save_state=_name(body, "save_state"),
     )
     if wishes.save_state and wishes.answers > 1:
-        raise ArgumentError(
-            f"save_state keeps one answer, and n={wishes.answers} were asked for: ask for one."
-        )
+        raise ArgumentError(f"save_state keeps one answer, and n={wishes.answers} were asked for: ask for one.")
     if wishes.save_state and wishes.stop:
         raise ArgumentError(
             "save_state cannot be used with stop strings, which are found after more was written than they end: use "

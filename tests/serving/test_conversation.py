@@ -111,6 +111,6 @@ def test_draws_follow_the_probabilities() -> None:
         counts = torch.zeros(4)
         for _ in range(2000):
             counts[draw_token(logits, draw, generator)] += 1
-        torch.testing.assert_close(counts / 2000, torch.tensor(wanted), rtol=0, atol=0.04)
+        torch.testing.assert_close(counts / 2000, torch.tensor(wanted, dtype=torch.float32), rtol=0, atol=0.04)
         assert ((counts > 0) <= (torch.tensor(wanted) > 0)).all()
     assert draw_token(logits, Draw()) == 0

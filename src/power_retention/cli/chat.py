@@ -144,8 +144,8 @@ class _Talk:
                     print(text, end="", flush=True)
         except KeyboardInterrupt:
             _say(" (stopped)")
-        print(json_line({"answer": "".join(said), "tokens_seen": self.conversation.tokens_seen}) if self.json else "")
-        sys.stdout.flush()
+        whole = {"answer": "".join(said), "tokens_seen": self.conversation.tokens_seen}
+        print(json_line(whole) if self.json else "\n", end="", flush=True)
 
     def save(self, name: str) -> None:
         """Keep the conversation."""

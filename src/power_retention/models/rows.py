@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -127,7 +125,8 @@ class PowerRetentionRows(PowerRetentionCache):
 
 
 def _room_for(ring: RingState, rows: int) -> RingState:
-    return replace(ring, **{name: value.new_zeros(rows, *value.shape[1:]) for name, value in ring._tensors().items()})
+    room: RingState = ring._map(lambda tensor: tensor.new_zeros(rows, *tensor.shape[1:]))
+    return room
 
 
 def _copy(target: RingState, to: int, source: RingState, row: int) -> None:

@@ -62,7 +62,7 @@ class Conversation:
     @property
     def tokens_seen(self) -> int:
         """Tokens read and written so far."""
-        return self.cache.get_seq_length()
+        return int(self.cache.get_seq_length())
 
     def say(self, message: str) -> Iterator[str]:
         """Read a message and write the answer, piece by piece; all that was written until the caller stops is read too.
@@ -147,4 +147,5 @@ class Conversation:
         """Logits ``[V]`` after the last of the tokens."""
         for part in torch.tensor([ids], device=self.model.device).split(self.piece, 1):
             out = self.model(part, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        return out.logits[0, -1].cpu()
+        logits: Tensor = out.logits[0, -1].cpu()
+        return logits

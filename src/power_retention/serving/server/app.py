@@ -266,6 +266,8 @@ class Service:
     def _state_bytes(self) -> int:
         config = self.batcher.model.config
         d, heads = config.head_dim, config.num_key_value_heads
+        assert d is not None  # filled in by the configuration
+        assert heads is not None
         return 4 * config.num_hidden_layers * heads * state_width(d, config.power) * (d + 1)
 
 

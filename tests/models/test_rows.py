@@ -27,7 +27,9 @@ def step(model: PowerRetentionForCausalLM, rows: PowerRetentionRows, ids: list[T
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("variant", ["llama", "tied, every bias", "qwen3, wide heads", "p = 4", "bare gates"])
+@pytest.mark.parametrize(
+    "variant", ["llama", "tied, every bias", "qwen3, wide heads", "p = 4", "bare gates", "qwen3-moe", "glm-4.5"]
+)
 def test_rows_that_come_and_go(variant: str) -> None:
     model, moves = tiny_model(**VARIANTS[variant]), random.Random(0)
     texts = [tokens(150, seed=seed) for seed in range(9)]

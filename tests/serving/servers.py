@@ -36,7 +36,7 @@ class Served:
 
     def post(self, path: str, **body: Any) -> httpx2.Response:
         with self.client() as client:
-            return client.post(path, json=body)
+            return client.post(path, content=json.dumps(body).encode())
 
     def complete(self, prompt: Any, tokens: int = 10, **fields: Any) -> dict[str, Any]:
         fields = {"temperature": 0, "logprobs": 1, "ignore_eos": True, "return_token_ids": True, **fields}

@@ -196,6 +196,8 @@ REFUSED = {
     "many answers": ({"prompt": "A", "n": 4}, "up to 3 answers"),
     "a cold temperature": ({"prompt": "A", "temperature": -1}, "temperature is -1"),
     "a temperature in words": ({"prompt": "A", "temperature": "hot"}, "temperature is 'hot'"),
+    "an immense temperature": ({"prompt": "A", "temperature": 10**400}, "temperature is 1"),
+    "half a character": ({"prompt": "A\ud800"}, "lone surrogate"),
     "no share": ({"prompt": "A", "top_p": 0}, "top_p is 0"),
     "an empty stop": ({"prompt": "A", "stop": ""}, "stop is ''"),
     "too many likelihoods": ({"prompt": "A", "logprobs": 21}, "logprobs is 21"),

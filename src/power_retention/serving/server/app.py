@@ -8,7 +8,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +183,7 @@ class Service:
 
     def _prompts(self, body: dict[str, Any], wishes: Wishes, chat: bool) -> list[list[int]]:
         tokenizer = self.batcher.tokenizer
+        prompts: list[str | list[int]]
         if chat:
             if not tokenizer.chat_template:
                 raise ArgumentError("This model has no chat template; ask it at /v1/completions.")
@@ -192,13 +193,15 @@ class Service:
                 raise
             except Exception as error:  # templates raise what they like about roles they do not know
                 raise ArgumentError(f"The model's chat template refuses these messages: {error}.") from error
-            prompts: list[str | list[int]] = [tokenizer(text, add_special_tokens=False)["input_ids"]]
+            wishes, prompts = replace(wishes, special_tokens=False), [str(text)]
         else:
             prompts = prompts_of(body)
         return [self._tokens(prompt, wishes) for prompt in prompts]
 
     def _tokens(self, prompt: str | list[int], wishes: Wishes) -> list[int]:
         if isinstance(prompt, str):
+            if any("\ud800" <= sign <= "\udfff" for sign in prompt):
+                raise ArgumentError("A prompt holds half a character (a lone surrogate), which is no text.")
             prompt = list(self.batcher.tokenizer(prompt, add_special_tokens=wishes.special_tokens)["input_ids"])
         size, most = self.batcher.model.config.vocab_size, self.options.max_prompt_tokens
         if not prompt:

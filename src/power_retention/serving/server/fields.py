@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -170,7 +169,7 @@ def _integer(body: Body, field: str, default: int, *, low: int, high: int = 2**3
 def _number(body: Body, field: str, default: float, low: float, high: float, *, open_below: bool = False) -> float:
     value = body.get(field)
     value = default if value is None else value
-    fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    fits = isinstance(value, int | float) and not isinstance(value, bool)
     if not fits or not low <= value <= high or (open_below and value == low):
         beyond = "above" if open_below else "from"
         raise ArgumentError(f"{field} is {_shown(value)}; a number {beyond} {low} to {high} was expected.")

@@ -496,7 +496,7 @@ class TestOptions:
         assert message in here.refusal("retrain", path.converted, tmp_path / "out", "--text", stories_text, *option)
         assert not (tmp_path / "out").exists()
 
-    @pytest.mark.parametrize("command", ["convert", "retrain", "evaluate", "generate", "state", "env"])
+    @pytest.mark.parametrize("command", ["convert", "retrain", "evaluate", "generate", "chat", "serve", "state", "env"])
     def test_help_shows_an_example(self, here: Here, command: str) -> None:
         result = here(command, "--help")
         assert result.code == 0

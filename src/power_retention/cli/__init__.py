@@ -12,6 +12,7 @@ from rich.text import Text
 from power_retention.cli import (
     bench,
     card,
+    chat,
     convert,
     data,
     env,
@@ -21,6 +22,7 @@ from power_retention.cli import (
     plan,
     retrain,
     runs,
+    serve,
     sft,
     state,
     tune,
@@ -36,7 +38,24 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-for module in (convert, data, retrain, sft, runs, export, evaluate, generate, state, card, plan, bench, tune, env):
+for module in (
+    convert,
+    data,
+    retrain,
+    sft,
+    runs,
+    export,
+    evaluate,
+    generate,
+    chat,
+    serve,
+    state,
+    card,
+    plan,
+    bench,
+    tune,
+    env,
+):
     module.register(app)
 
 

@@ -14,11 +14,15 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from power_retention.errors import OutputError, StateError
 from power_retention.files import clear_write_errors
 from power_retention.ops import PowerState
 from power_retention.ops.state_file import StateHeader, fork_states, load_states, read_header, save_states
+
+if TYPE_CHECKING:
+    from power_retention.models import PowerRetentionConfig
 
 SUFFIX = ".state"
 PINNED = ".pinned"
@@ -218,6 +222,22 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except FileNotFoundError:  # deleted meanwhile
         return 0
+
+
+def check_fits(name: str, header: StateHeader, config: PowerRetentionConfig) -> None:
+    """Refuse a state that no request to a model can start from, whatever its header says of models.
+
+    Raises:
+        StateError: it has another shape, or several sequences.
+    """
+    heads, d = config.num_key_value_heads, config.head_dim
+    found = (header.batch, header.layers, header.heads, header.head_width, header.value_width, header.p)
+    wanted = (1, config.num_hidden_layers, heads, d, d, config.power)
+    if found != wanted:
+        raise StateError(
+            f"The state {name!r} has (sequences, layers, heads, key width, value width, p) = {found}; a request to this "
+            f"model can start from {wanted} only."
+        )
 
 
 _checked: dict[tuple[object, ...], StateHeader] = {}

@@ -15,11 +15,9 @@ from huggingface_hub import snapshot_download
 from vllm.config import VllmConfig
 from vllm.exceptions import VLLMValidationError
 
-from power_retention.errors import ArgumentError, PowerRetentionError, StateError
-from power_retention.models import PowerRetentionConfig
+from power_retention.errors import ArgumentError, PowerRetentionError
 from power_retention.models.fingerprint import fingerprint_folder
-from power_retention.ops.state_file import StateHeader
-from power_retention.serving.states import MissingState, StateDirectory
+from power_retention.serving.states import MissingState, StateDirectory, check_fits
 from power_retention.serving.vllm.engine import ServingOptions, page_layout
 from power_retention.serving.vllm.plugin import ARCHITECTURES
 
@@ -136,20 +134,7 @@ def _check_start(directory: StateDirectory, name: str, vllm_config: VllmConfig) 
             return  # the engine waits for it
         raise
     _promised.discard(path)
-    check_fits(name, header, vllm_config)
-
-
-def check_fits(name: str, header: StateHeader, vllm_config: VllmConfig) -> None:
-    """Refuse a state that no request to this model can start from, whatever its header says of models."""
-    config: PowerRetentionConfig = vllm_config.model_config.hf_config
-    heads, d = config.num_key_value_heads, config.head_dim
-    found = (header.batch, header.layers, header.heads, header.head_width, header.value_width, header.p)
-    wanted = (1, config.num_hidden_layers, heads, d, d, config.power)
-    if found != wanted:
-        raise StateError(
-            f"The state {name!r} has (sequences, layers, heads, key width, value width, p) = {found}; a request to this "
-            f"model can start from {wanted} only."
-        )
+    check_fits(name, header, vllm_config.model_config.hf_config)
 
 
 def _check_save(directory: StateDirectory, name: str, params: Any, vllm_config: VllmConfig) -> None:

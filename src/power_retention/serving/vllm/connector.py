@@ -28,8 +28,8 @@ from vllm.logger import init_logger
 from power_retention.errors import PowerRetentionError, StateError
 from power_retention.ops import PowerState
 from power_retention.ops.state_file import load_states
-from power_retention.serving.states import verified
-from power_retention.serving.vllm.admission import Job, check_fits, directory_of, fingerprint_of
+from power_retention.serving.states import check_fits, verified
+from power_retention.serving.vllm.admission import Job, directory_of, fingerprint_of
 from power_retention.serving.vllm.metadata import PowerRetentionMetadata
 from power_retention.serving.vllm.mixer import PowerRetentionMixer
 from power_retention.serving.vllm.page import BASE, SEEN
@@ -141,7 +141,7 @@ class StateConnector(KVConnectorBase_V1, SupportsHMA):
             pinned = directory_of(self.config, job.owner).pin(job.start)
             self.pins[name] = pinned
             header = verified(pinned, fingerprint_of(self.config))
-            check_fits(job.start, header, self.config)
+            check_fits(job.start, header, self.config.model_config.hf_config)
             self.salt(request, header.checksum)
         except PowerRetentionError as error:
             logger.error("Request %s fails: %s", name, error)

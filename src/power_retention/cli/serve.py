@@ -1,0 +1,114 @@
+"""``power-retention serve``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from power_retention.cli.display import print_json, status
+from power_retention.cli.options import Json, open_student, quiet_libraries
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command(no_args_is_help=True)(serve)
+
+
+def serve(
+    model: Annotated[Path, typer.Argument(help="A power-retention model.")],
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; 0.0.0.0 is every one of this machine.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at; 0 takes a free one.")] = 8000,
+    name: Annotated[str | None, typer.Option(help="What the model is called; the folder's name unless given.")] = None,
+    device: Annotated[str, typer.Option(help="Where the model runs, such as cpu or cuda.")] = "cpu",
+    users: Annotated[int, typer.Option(min=1, help="Answers written at a time; others wait.")] = 8,
+    waiting: Annotated[int, typer.Option(min=1, help="Requests that may wait; further ones are refused.")] = 100,
+    prefill_chunk_size: Annotated[
+        int, typer.Option(min=1, help="Tokens of a prompt read at a time, while other answers stand still.")
+    ] = 256,
+    max_prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens that one request may send.")] = 1_000_000,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens that one answer may have.")] = 4096,
+    states: Annotated[Path | None, typer.Option(help="Folder of states with names; none are kept without it.")] = None,
+    max_states: Annotated[int, typer.Option(min=1, help="States that one owner may keep.")] = 1000,
+    max_state_bytes: Annotated[int | None, typer.Option(min=1, help="Bytes that one owner's states may take.")] = None,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            envvar="POWER_RETENTION_API_KEYS", help="A key that lets in, with states of its own; may be repeated."
+        ),
+    ] = None,
+    chat_template: Annotated[Path | None, typer.Option(help="A template in place of the tokenizer's.")] = None,
+    json: Json = False,
+) -> None:
+    """Serve a model over OpenAI's API, many requests at a time, with states that have names.
+
+    Routes: /v1/models, /v1/completions, /v1/chat/completions, /v1/states, /health.
+    With --json, a line says where, once it listens.
+
+    Examples:
+
+        power-retention serve my-model-retrained
+
+        power-retention serve my-model-retrained --port 8080 --users 16 --states states --api-key "$KEY"
+
+        curl localhost:8000/v1/completions -d '{"prompt": "The whale", "max_tokens": 60}'
+    """
+    quiet_libraries()
+    from power_retention.errors import ArgumentError, SourceError
+
+    try:
+        import uvicorn
+
+        from power_retention.serving.server.app import ServerOptions, make_app
+    except ImportError as error:
+        raise ArgumentError(
+            f"Serving needs {error.name}, which is not installed: pip install 'power-retention[serve]'."
+        ) from error
+    from power_retention.serving.generate import open_tokenizer
+    from power_retention.serving.server.batcher import Batcher
+
+    with status.status(f"Opening {escape(str(model))}"):
+        student, tokenizer = open_student(model).eval().to(device), open_tokenizer(model)
+    if not student.config.keeps_state:
+        raise SourceError(
+            f"{model} keeps no state (p = {student.config.power}, or softmax), so it cannot be served here."
+        )
+    if chat_template is not None:
+        try:
+            tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise SourceError(f"The chat template {chat_template} cannot be read: {error}") from error
+    options = ServerOptions(
+        name or model.resolve().name,
+        states,
+        max_states,
+        max_state_bytes,
+        tuple(api_key or ()),
+        max_prompt_tokens,
+        max_tokens,
+    )
+    batcher = Batcher(student, tokenizer, users=users, waiting=waiting, piece=prefill_chunk_size)
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: Any = None) -> None:
+            await super().startup(sockets)
+            if self.started:
+                _say_where(self.servers[0].sockets[0].getsockname(), options.name, users, json=json)
+
+    config = uvicorn.Config(
+        make_app(batcher, options), host=host, port=port, log_level="warning", timeout_graceful_shutdown=10
+    )
+    Server(config).run()
+
+
+def _say_where(address: tuple[Any, ...], name: str, users: int, *, json: bool) -> None:
+    host = f"[{address[0]}]" if ":" in address[0] else address[0]
+    url = f"http://{host}:{address[1]}/v1"
+    if json:
+        print_json({"url": url, "model": name, "users": users})
+    else:
+        status.print(f"{escape(name)} answers at {url}, {users} at a time.  Stop with Ctrl-C.", highlight=False)

@@ -1,0 +1,91 @@
+"""``power-retention chat`` in a pipe: real processes, one after the other."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+
+from power_retention.cli import main
+from power_retention.conversion.convert import convert, save_conversion
+from power_retention.conversion.source import open_source
+
+
+@pytest.fixture(autouse=True)
+def _library_settings() -> Iterator[None]:
+    """The commands silence transformers for good, which is right for a process and not for a test."""
+    logging = transformers.utils.logging
+    verbosity = logging.get_verbosity()
+    yield
+    logging.set_verbosity(verbosity)
+    logging.enable_progress_bar()
+
+
+@pytest.fixture(scope="module")
+def folder(stories_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    converted = tmp_path_factory.mktemp("chatting") / "stories"
+    save_conversion(convert(open_source(str(stories_dir)), None), converted)
+    return converted
+
+
+def chat(folder: Path, said: str, states: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "power_retention.cli", "chat", folder, "--states", states, "--temperature", "0"]
+    return subprocess.run(
+        [*map(str, command), "--max-tokens", "10", *options],
+        input=said, capture_output=True, text=True, timeout=120, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+    )  # fmt: skip
+
+
+def answers(done: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_keeps_forks_and_goes_on_in_another_process(folder: Path, tmp_path: Path) -> None:
+    states = tmp_path / "states"
+    script = "Once upon a time\n/save story\nShe said\n/fork other\n/load story\nShe said\n/states\n/reset\nShe said\n"
+    first = chat(folder, script, states, "--json")
+    opening, onward, again, anew = answers(first)
+    assert again == onward
+    assert onward["tokens_seen"] > opening["tokens_seen"]
+    assert anew["tokens_seen"] == onward["tokens_seen"] - opening["tokens_seen"]
+    assert all(name in first.stderr for name in ("story", "other", "none read again", "Everything said is forgotten"))
+    second = chat(folder, "She said\n", states, "--json", "--load", "story")
+    assert answers(second) == [onward]
+    plain = chat(folder, "/load story\nShe said\n/quit\nnever heard\n", states)
+    assert plain.stdout == onward["answer"] + "\n"
+
+
+@pytest.mark.parametrize(
+    ("said", "sentence"),
+    [
+        ("/load nowhere\n", "There is no state called 'nowhere'"),
+        ("Once\n/save ../x\n", "no name of a state"),
+        ("/save\n", "/save needs a name"),
+        ("/dance\n", "/dance is no command"),
+        ("Once\n/save a\n/fork a\n", "A state called 'a' is kept already"),
+    ],
+)
+def test_refused_in_a_sentence(
+    folder: Path,
+    tmp_path: Path,
+    said: str,
+    sentence: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = ["--states", str(tmp_path / "states"), "--max-tokens", "3"]
+    monkeypatch.setattr(sys, "argv", ["power-retention", "chat", str(folder), *options])
+    monkeypatch.setattr(sys, "stdin", io.StringIO(said))
+    with pytest.raises(SystemExit, match="1"):
+        main()
+    assert sentence in " ".join(capsys.readouterr().err.split())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import shutil
 import signal
@@ -240,8 +241,15 @@ def test_bfloat16_is_gathered_and_float32_is_kept(models: Path, tmp_path: Path) 
 def test_experts_in_bfloat16(kind: str, tmp_path: Path) -> None:
     task = Task(save_models(kind, tmp_path), tmp_path / "run")
     exact = gradients_of(ALONE, task)
-    narrow = in_ranks(gradients_of, 2, replace(task, recipe=replace(RECIPE, precision="bfloat16")))[0]
-    assert_gradients_near(narrow, exact, 0.1)
+    task = replace(task, recipe=replace(RECIPE, precision="bfloat16"))
+    shared, alone = in_ranks(gradients_of, 2, task)[0], gradients_of(ALONE, task)
+    assert shared.keys() == alone.keys() == exact.keys()
+
+    def error(got: dict[str, Tensor]) -> float:
+        """Of everything: single gradients, such as a key bias's, are all rounding, and a token may change experts."""
+        return math.sqrt(sum(float((got[name] - wanted).square().sum()) for name, wanted in exact.items()))
+
+    assert 0 < error(shared) < 1.5 * error(alone)
 
 
 def own_elements(ranks: Ranks, task: Task) -> int:

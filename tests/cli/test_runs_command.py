@@ -80,6 +80,9 @@ def test_served_until_ctrl_c(folder: Path) -> None:
         with urllib.request.urlopen(f"{url}data.json", timeout=20) as answer:
             assert {run["name"] for run in json.load(answer)["runs"]} == {"aligned", HOSTILE}
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=20)
+        try:
+            _, err = process.communicate(timeout=20)
+        finally:
+            process.kill()  # nothing if it has ended; else it would be waited for without end
     assert process.returncode == 0
     assert err.splitlines()[-1:] == ["Ended."]

@@ -28,33 +28,13 @@ from power_retention.evaluation.long.positions import losses_by_position
 from power_retention.evaluation.long.readers import AttentionReader, Reader, StateReader, WindowReader, matched_window
 from power_retention.evaluation.long.recall import Contender, RecallLength, RecallSettings, measure
 from power_retention.evaluation.long.suite import Grid, write_contexts
-from power_retention.files import write_json
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
+from gpu_checks import SMOLLM2, Checked, place, run_checks
+
 from real_models import STORIES_TEXT, write_stories_model
 from tiny_models import randomise
-
-Checked = tuple[bool, dict[str, Any]]
-
-SMOLLM2 = {
-    "vocab_size": 49152,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "max_position_embeddings": 8192,
-    "tie_word_embeddings": True,
-}
-
-
-def place(model: Any, dtype: torch.dtype) -> Any:
-    """A copy on the GPU; its buffers keep their dtype."""
-    model = copy.deepcopy(model)
-    for value in model.parameters():
-        value.data = value.data.to("cuda", dtype)
-    return model.to("cuda")
 
 
 def readers(teacher: Any, student: Any) -> dict[str, Reader]:
@@ -95,7 +75,9 @@ def _measured(reader: Reader, contexts: Any, encoder: Encoder, stream: torch.Ten
 def check_memory() -> Checked:
     """A random model of SmolLM2-135M's shape, a million tokens: peak memory of the last eighth is that of the first."""
     torch.manual_seed(0)
-    model = place(randomise(swap_attention(LlamaForCausalLM(LlamaConfig(**SMOLLM2)).eval())), torch.bfloat16)
+    model = place(
+        randomise(swap_attention(LlamaForCausalLM(LlamaConfig(vocab_size=49152, **SMOLLM2)).eval())), torch.bfloat16
+    )
     reader, figures = StateReader(model), dict[str, Any]()
     for tokens in (1 << 17, 1 << 20):
         stream = torch.randint(49152, (1, tokens))
@@ -112,7 +94,7 @@ def check_memory() -> Checked:
 def measure_reading() -> Checked:
     """Tokens a second of each way of keeping, sixteen rows of 65,536 tokens (eight of 8,192 of attention).  Not judged."""
     torch.manual_seed(0)
-    teacher = LlamaForCausalLM(LlamaConfig(**SMOLLM2)).eval()
+    teacher = LlamaForCausalLM(LlamaConfig(vocab_size=49152, **SMOLLM2)).eval()
     student = randomise(swap_attention(copy.deepcopy(teacher)))
     window = matched_window(student, teacher)
     on_gpu = place(teacher, torch.bfloat16)
@@ -156,7 +138,6 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="JSON file of the results")
     out: Path | None = parser.parse_args().out
     torch.backends.cuda.matmul.allow_tf32 = False
-    results: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "checks": {}}
     with tempfile.TemporaryDirectory() as folder:
         stories = write_stories_model(Path(folder) / "stories260k")
         checks: dict[str, Callable[[], Checked]] = {
@@ -165,15 +146,7 @@ def main() -> int:
             "reading": measure_reading,
             "recall": check_recall,
         }
-        for name, check in checks.items():
-            started = time.perf_counter()
-            right, values = check()
-            seconds = round(time.perf_counter() - started, 1)
-            results["checks"][name] = {"right": right, "seconds": seconds, **values}
-            print("right" if right else "WRONG", name, json.dumps(values), f"{seconds} s", flush=True)
-    if out is not None:
-        write_json(out, results)
-    return 0 if all(check["right"] for check in results["checks"].values()) else 1
+        return run_checks(checks, out)
 
 
 if __name__ == "__main__":

@@ -32,20 +32,11 @@ from power_retention.training.text import Tokens, read_documents, split_held_out
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
+from gpu_checks import SMOLLM2, Checked
+
 from real_models import STORIES_TEXT, write_stories_model
 from tiny_models import randomise
 
-Checked = tuple[bool, dict[str, Any]]
-
-SMOLLM2 = {
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "max_position_embeddings": 8192,
-    "tie_word_embeddings": True,
-}
 WAYS = {"plain": {}, "compiled": {"compiled": True}, "recorded": {"compiled": True, "recorded": True}}
 
 

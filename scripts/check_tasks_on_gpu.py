@@ -7,7 +7,6 @@ and ends with status 1 if one fails.  It needs ``power-retention[tasks]``; nothi
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import sys
 import tempfile
@@ -24,33 +23,14 @@ from power_retention.conversion.convert import convert
 from power_retention.conversion.source import open_source
 from power_retention.conversion.swap import swap_attention
 from power_retention.evaluation.harness import Reader, Suite
-from power_retention.files import write_json
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from gpu_checks import SMOLLM2, Checked, place, run_checks
 
 from real_models import STORIES_TEXT, write_stories_model
 from story_tasks import write_story_tasks
 from tiny_models import randomise
-
-Checked = tuple[bool, dict[str, Any]]
-
-SMOLLM2 = {
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "max_position_embeddings": 8192,
-    "tie_word_embeddings": True,
-}
-
-
-def place(model: Any, dtype: torch.dtype) -> Any:
-    """A copy on the GPU; its buffers keep their dtype."""
-    model = copy.deepcopy(model)
-    for value in model.parameters():
-        value.data = value.data.to("cuda", dtype)
-    return model.to("cuda")
 
 
 def check_scores(stories: Path, tasks: Path) -> Checked:
@@ -126,7 +106,6 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="JSON file of the results")
     out: Path | None = parser.parse_args().out
     torch.backends.cuda.matmul.allow_tf32 = False
-    results: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "checks": {}}
     with tempfile.TemporaryDirectory() as folder:
         stories = write_stories_model(Path(folder) / "stories260k")
         (Path(folder) / "tasks").mkdir()
@@ -136,15 +115,7 @@ def main() -> int:
             "likelihoods": lambda: check_likelihoods(stories),
             "generation": lambda: measure_generation(stories),
         }
-        for name, check in checks.items():
-            started = time.perf_counter()
-            right, values = check()
-            seconds = round(time.perf_counter() - started, 1)
-            results["checks"][name] = {"right": right, "seconds": seconds, **values}
-            print("right" if right else "WRONG", name, json.dumps(values), f"{seconds} s", flush=True)
-    if out is not None:
-        write_json(out, results)
-    return 0 if all(check["right"] for check in results["checks"].values()) else 1
+        return run_checks(checks, out)
 
 
 if __name__ == "__main__":

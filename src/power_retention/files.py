@@ -1,4 +1,4 @@
-"""Writing files so that nothing is lost: complete or not at all, with one clear message when the disk refuses."""
+"""Files, written so that nothing is lost: complete or not at all, with one clear message when the disk refuses."""
 
 from __future__ import annotations
 
@@ -8,12 +8,27 @@ import os
 import secrets
 import shutil
 import tempfile
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from power_retention.errors import OutputError
+from power_retention.errors import DataError, OutputError
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """What a TOML file of the user's holds.
+
+    Raises:
+        DataError: it cannot be read, or is not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except ValueError as error:
+        raise DataError(f"{path} is not TOML: {error}.") from error
 
 
 def check_new_folder(folder: Path) -> None:

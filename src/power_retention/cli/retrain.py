@@ -22,6 +22,7 @@ from power_retention.cli.options import (
     open_student,
     quiet_libraries,
 )
+from power_retention.cli.placement import check_precision, check_run_folder, choose_device
 from power_retention.cli.watching import NOTES, Watching, last_record, open_board, show_held_out
 
 if TYPE_CHECKING:
@@ -132,11 +133,11 @@ def retrain(
 
     if bool(text) == bool(data):
         raise DataError("retrain needs text to train on: either --text FILE_OR_FOLDER or --data SHARDS_OR_MIXTURE.")
-    folder, place = RunFolder(out / "run"), _choose_device(device)
+    folder, place = RunFolder(out / "run"), choose_device(device)
     watching = Watching.of(held_out or [], data, probe_every, probe_windows, probe_length)
     compiled = place.type == "cuda" if compiled is None else compiled
     with joined_ranks(place, dp_replicate=replicas) as ranks:
-        ranks.first_does(lambda: _check_folder(out, folder, resume))
+        ranks.first_does(lambda: check_run_folder(out, folder, resume))
         resuming = ranks.same(resume and folder.exists)
         with status.status("Opening model and teacher"):
             student, source = _open_models(model, teacher, ranks)
@@ -153,7 +154,7 @@ def retrain(
                 "other_lr": other_lr,
                 "align_share": align_share,
             }
-            if _check_precision(precision) == "auto":
+            if check_precision(precision) == "auto":
                 precision = ranks.same(fastest_precision(place))
             usual_shape = (8, 1024) if place.type == "cuda" else (4, 256)
             batch, length = (
@@ -255,46 +256,6 @@ def _write(
         generation_config, student = student.generation_config, assemble(student.config, whole)
         student.generation_config = generation_config
     write_result(student, source.tokenizer, model, out)
-
-
-def _check_folder(out: Path, folder: RunFolder, resume: bool) -> None:
-    from power_retention.errors import CheckpointError, OutputError
-    from power_retention.files import check_new_folder
-
-    if not folder.exists:
-        if resume and out.exists() and any(out.iterdir()):
-            raise CheckpointError(f"{out} holds no run to resume; choose another folder.")
-        check_new_folder(out)
-    elif (out / "config.json").exists():
-        raise OutputError(f"{out} holds a finished retraining; choose another folder.")
-    elif not resume:
-        raise OutputError(f"{out} holds an unfinished run; continue it with --resume, or choose another folder.")
-
-
-def _choose_device(device: str) -> torch.device:
-    import torch
-
-    from power_retention.errors import ArgumentError
-    from power_retention.training.parallel import launched_ranks, local_device
-
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        chosen = torch.device(device)
-        torch.empty(1, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        raise ArgumentError(
-            f"--device {device} cannot be used here ({error}); cpu, cuda or auto was expected."
-        ) from error
-    return local_device(chosen.type) if launched_ranks() > 1 else chosen
-
-
-def _check_precision(precision: str) -> str:
-    from power_retention.errors import ArgumentError
-
-    if precision not in ("float32", "bfloat16", "auto"):
-        raise ArgumentError(f"--precision must be float32, bfloat16 or auto, not {precision!r}.")
-    return precision
 
 
 def _open_mixture(data: Path, on_damage: str, source: Source) -> Mixture:

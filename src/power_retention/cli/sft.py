@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from power_retention.cli.display import print_json, progress_bar, results, status
 from power_retention.cli.options import Json, Seed, open_student, quiet_libraries
-from power_retention.cli.retrain import _check_folder, _check_precision, _choose_device
+from power_retention.cli.placement import check_precision, check_run_folder, choose_device
 
 if TYPE_CHECKING:
     import torch
@@ -98,8 +98,8 @@ def sft(
     _expect_one_process()
     folder = TuningFolder(out / "run")
     if not show:
-        _check_folder(out, folder, resume)
-    place = _choose_device(device)
+        check_run_folder(out, folder, resume)
+    place = choose_device(device)
     options = {"steps": steps, "length": length, "rows": rows, "segment": segment, "bptt": bptt, "carry": carry}
     files, phases = _read_data(data, options)
     with status.status("Opening the model"):
@@ -176,7 +176,7 @@ def _make_recipe(phases: list[TuningPhase], place: torch.device, precision: str,
     from power_retention.training.retraining import fastest_precision
     from power_retention.training.tuning import TuningRecipe
 
-    chosen = fastest_precision(place) if precision == "auto" else _check_precision(precision)
+    chosen = fastest_precision(place) if precision == "auto" else check_precision(precision)
     return TuningRecipe(tuple(phases), precision=cast(Any, chosen), **numbers)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from power_retention.errors import ArgumentError, DataError
+from power_retention.files import read_toml
 from power_retention.training.shards import OnDamage, ShardedTokens, open_shards
 
 _ROUNDS = 6
@@ -297,7 +297,7 @@ def read_mixture(
     if path.is_dir():
         source = open_shards(path, on_damage=on_damage, checksums=checksums, progress=progress)
         return Mixture({"data": source}, [Phase({"data": 1.0}, name="data")])
-    content = _read_toml(path)
+    content = _read_content(path)
     on_damage = content.get("on_damage", on_damage)
     if on_damage not in ("fail", "skip"):
         raise DataError(f"{path} has on_damage {on_damage!r}; it must be 'fail' or 'skip'.")
@@ -318,17 +318,12 @@ def read_held_out(path: Path) -> dict[str, Path]:
     """
     if path.is_dir():
         return {}
-    table = _read_toml(path).get("held_out", {})
+    table = _read_content(path).get("held_out", {})
     return {name: path.parent / Path(place).expanduser() for name, place in table.items()}
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except ValueError as error:
-        raise DataError(f"{path} is not TOML: {error}.") from error
+def _read_content(path: Path) -> dict[str, Any]:
+    content = read_toml(path)
     unknown = sorted(content.keys() - {"sources", "phase", "on_damage", "held_out"})
     sources, phases, held_out = content.get("sources"), content.get("phase"), content.get("held_out", {})
     if unknown:

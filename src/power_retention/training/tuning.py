@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from power_retention.errors import ArgumentError, CheckpointError, DataError
-from power_retention.files import clear_write_errors, write_json
+from power_retention.files import clear_write_errors, read_toml, write_json
 from power_retention.ops import PowerState
 from power_retention.ops.heads import compute_dtype
 from power_retention.training.examples import Example
@@ -157,12 +156,7 @@ def read_curriculum(path: Path) -> tuple[list[Path], list[TuningPhase]]:
     Raises:
         DataError: it cannot be read, or has something else in it.
     """
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except ValueError as error:
-        raise DataError(f"{path} is not TOML: {error}.") from error
+    content = read_toml(path)
     data, tables = content.get("data"), content.get("phase")
     if sorted(content) != ["data", "phase"] or not isinstance(tables, list):
         raise DataError(

@@ -30,6 +30,13 @@ def convert(
     text_field: TextField = "text",
     power: Annotated[int, typer.Option("--power", "-p", help="The even power p.")] = 2,
     calibrate: Annotated[bool, typer.Option(help="Set key biases, gates and output scales from a little text.")] = True,
+    key_bias: Annotated[
+        bool,
+        typer.Option(
+            help="Shift scores by a bias on rotated keys: best untrained or little trained; without it a model holds "
+            "beyond its parent's context, after some million tokens of retraining."
+        ),
+    ] = True,
     windows: Annotated[int, typer.Option(help="Windows of 512 tokens to calibrate on.")] = 8,
     seed: Seed = 0,
     json: Json = False,
@@ -41,6 +48,8 @@ def convert(
         power-retention convert HuggingFaceTB/SmolLM2-135M my-model
 
         power-retention convert SmolLM2-135M-Instruct.Q4_1.gguf my-model --text corpus.jsonl
+
+        power-retention convert SmolLM2-135M-Instruct.Q4_1.gguf my-model --text corpus.jsonl --no-key-bias
     """
     quiet_libraries()
     from power_retention.conversion.convert import convert as run
@@ -55,7 +64,7 @@ def convert(
         opened = open_source(source)
         tokens = _windows(text, text_field, opened.tokenizer, windows) if calibrate else None
     with progress_bar("Calibrating, layer by layer") as update:
-        conversion = run(opened, tokens, p=power, seed=seed, progress=update)
+        conversion = run(opened, tokens, p=power, key_bias=key_bias, seed=seed, progress=update)
     conversion.source["location"] = str(Path(source).resolve()) if Path(source).exists() else source
     with status.status(f"Writing {escape(str(out))}"):
         save_conversion(conversion, out)

@@ -53,6 +53,7 @@ def convert(
     *,
     p: int = 2,
     chunk_size: int | None = None,
+    key_bias: bool = True,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Conversion:
@@ -63,11 +64,12 @@ def convert(
         tokens: ``[N, T]`` token ids to calibrate on; None for the hard swap.
         p: even power.
         chunk_size: see :func:`power_retention.power_retention`.
+        key_bias: give the rotated keys a learned bias: a better start, tied to the positions that the source can tell apart.
         seed: of the position offsets of the calibration.
         progress: called with (layers done, layers).
     """
     parent = {"name": source.name, "model_type": source.model.config.model_type, "fingerprint": source.fingerprint}
-    student = swap_attention(copy.deepcopy(source.model), p=p, chunk_size=chunk_size, parent=parent)
+    student = swap_attention(copy.deepcopy(source.model), p=p, chunk_size=chunk_size, key_bias=key_bias, parent=parent)
     layers = []
     if tokens is not None:
         layers = calibrate_mixers(student, source.model, tokens, seed=seed, progress=progress)

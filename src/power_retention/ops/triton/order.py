@@ -32,9 +32,22 @@ def row_order(width: int, block: int, device: torch.device) -> Tensor:
     return torch.stack((a, b, canonical, first)).to(torch.int32).to(device)
 
 
+@lru_cache
+def _factors(width: int, device: torch.device) -> Tensor:
+    """``[2, D]``: the factors a ≤ b of each canonical monomial; made once, or every call would wait for the device."""
+    return torch.tensor(monomials(width, 2)).T.contiguous().to(device)
+
+
+@lru_cache
+def _occurrences(width: int, device: torch.device) -> Tensor:
+    """float32 ``[D]``: 1 for a square, 2 for a product of two."""
+    return multiplicity(width, 2, torch.empty(0)).to(device)
+
+
+@lru_cache
 def index_matrix(width: int, device: torch.device) -> Tensor:
     """``[d, d]``: the canonical index of the monomial x_a·x_b."""
-    a, b = torch.tensor(monomials(width, 2), device=device).T
+    a, b = _factors(width, device)
     out = torch.empty(width, width, dtype=torch.int64, device=device)
     index = torch.arange(a.numel(), device=device)
     out[a, b] = index
@@ -52,14 +65,14 @@ def to_matrix(normalizer: Tensor, width: int, wide: int, *, gradient: bool = Fal
 
 def from_matrix(moment: Tensor, width: int, *, gradient: bool = False) -> Tensor:
     """The way back; of a gradient, both halves of each pair are summed."""
-    a, b = torch.tensor(monomials(width, 2), device=moment.device).T
+    a, b = _factors(width, moment.device)
     out = moment[..., a, b]
-    return out * multiplicity(width, 2, out) if gradient else out
+    return out * _occurrences(width, moment.device) if gradient else out
 
 
 def _wide_index(width: int, wide: int, device: torch.device) -> Tensor:
     """``[D]``: where each canonical monomial of ``width`` stands in the canonical layout of ``wide``."""
-    a, b = torch.tensor(monomials(width, 2), device=device).T
+    a, b = _factors(width, device)
     return index_matrix(wide, device)[a, b]
 
 

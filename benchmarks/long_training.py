@@ -11,7 +11,6 @@ full logits), the same checkpointing.  Before anything is timed, gradients in se
 from __future__ import annotations
 
 import argparse
-import gc
 import math
 import time
 from collections.abc import Callable
@@ -21,45 +20,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from power_retention.evaluation.memory import predict_training
 from power_retention.files import write_json
 from power_retention.machine import measure_footprint
-from power_retention.models import PowerRetentionConfig, PowerRetentionForCausalLM
+from power_retention.models import PowerRetentionConfig
 from power_retention.training.next_token import next_token_loss
 from power_retention.training.segments import backward_in_segments, next_tokens
+from training_models import Kind, clear, finish, random_ids, random_model
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "135m": {
-        "vocab_size": 49152,
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "tie_word_embeddings": True,
-    },
-    "1.7b": {
-        "vocab_size": 49152,
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "tie_word_embeddings": True,
-    },
-    "tiny": {
-        "vocab_size": 211,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "tie_word_embeddings": True,
-    },
-}
 FULL = [(1, 8192), (8, 8192), (1, 65536), (1, 262144), (1, 1048576)]
 """(rows, tokens) of a step."""
 CHECKPOINTED = {"1.7b"}
@@ -137,44 +108,30 @@ class Bench:
         return found
 
 
-def build(kind: str, shape: str, bench: Bench) -> nn.Module:
+def build(kind: Kind, shape: str, bench: Bench, **changes: Any) -> PreTrainedModel:
     """A random model in float32 on the device."""
-    torch.manual_seed(0)
-    with bench.device:
-        if kind == "transformer":
-            config = LlamaConfig(**SHAPES[shape], max_position_embeddings=1 << 20, attn_implementation="sdpa")
-            model: nn.Module = LlamaForCausalLM(config)
-        else:
-            model = PowerRetentionForCausalLM(PowerRetentionConfig(**SHAPES[shape], max_position_embeddings=1 << 20))
+    model = random_model(kind, shape, bench.device, **changes)
     if shape in CHECKPOINTED:
         model.activation_checkpointing_enable()
     for layer in model.model.layers if bench.compiled else ():
         for part in (layer.mlp, layer.input_layernorm, layer.post_attention_layernorm):
             part.compile()
-    return model.train()
+    return model
 
 
-def document(model: nn.Module, rows: int, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def document(model: PreTrainedModel, rows: int, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Random tokens, and what follows each."""
-    generator = torch.Generator(device).manual_seed(1)
-    ids = torch.randint(0, model.config.vocab_size, (rows, tokens), device=device, generator=generator)
+    ids = random_ids(model, rows, tokens, device)
     return ids, next_tokens(ids)
 
 
-def gradient_of_whole(model: nn.Module, ids: Tensor, labels: Tensor, precision: torch.dtype | None) -> float:
+def gradient_of_whole(model: PreTrainedModel, ids: Tensor, labels: Tensor, precision: torch.dtype | None) -> float:
     """Ordinary back-propagation, without full logits."""
     with torch.autocast(ids.device.type, precision or torch.bfloat16, enabled=precision is not None):
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
         loss = next_token_loss(hidden, model.lm_head, labels, float((labels >= 0).sum()))
     loss.backward()
     return float(loss.detach())
-
-
-def finish(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """The rest of a step."""
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
 
 
 def predicted(
@@ -294,8 +251,7 @@ def time_transformer(bench: Bench, shape: str, lengths: list[int], seconds: floa
 def check(bench: Bench, shape: str) -> None:
     """Relative errors of all gradients together against the whole's in float32: the whole's and the segments', bfloat16."""
     tokens, segment = (64, 16) if bench.quick else (8192, 2048)
-    SHAPES["check"] = SHAPES[shape] | {"num_hidden_layers": 4}
-    model = build("ours", "check", bench)
+    model = build("ours", shape, bench, num_hidden_layers=4)
     ids, labels = document(model, 1, tokens, bench.device)
 
     def gradient(call: Callable[[], Any]) -> Tensor:
@@ -324,12 +280,6 @@ def check(bench: Bench, shape: str) -> None:
         f"{shape:5} gradients at {tokens:,} tokens: " + ", ".join(f"{k} {v:.1e}" for k, v in found.items()), flush=True
     )
     bench.write()
-
-
-def clear() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def main() -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from power_retention.training import losses
+from power_retention.training import losses, next_token
 from power_retention.training.losses import distillation_loss
 
 Problem = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -78,3 +78,21 @@ def test_bfloat16_hidden_states_with_a_float32_head() -> None:
         torch.autograd.grad(loss, (low, head)), torch.autograd.grad(exact, (hidden, head)), strict=True
     ):
         assert float((got.float() - target).norm() / target.norm()) < 2e-2
+
+
+@pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")  # the compiler's own import
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_next_tokens_loss_in_blocks(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(next_token._LOGITS, "cpu", 16 * 31)
+    hidden, head, *_, labels = problem(40, ignored=0)
+    linear = nn.Linear(12, 31, bias=False, dtype=torch.float64)
+    linear.weight = nn.Parameter(head.detach())
+    got = next_token.next_token_loss_of_rows(hidden, linear, labels, 7.0, compiled=compiled)
+    wanted = F.cross_entropy(hidden @ head.T, labels, reduction="sum") / 7
+    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=0)
+    ours, theirs = (
+        torch.autograd.grad(2 * got, (hidden, linear.weight)),
+        torch.autograd.grad(2 * wanted, (hidden, head)),
+    )
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)

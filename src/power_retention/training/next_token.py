@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -34,17 +36,24 @@ def next_token_loss(hidden: Tensor, head: nn.Module, labels: Tensor, total: floa
 
 
 def next_token_loss_of_rows(
-    rows: Tensor, head: nn.Module, labels: Tensor, total: float, *, sized_for: str | None = None
+    rows: Tensor,
+    head: nn.Module,
+    labels: Tensor,
+    total: float,
+    *,
+    sized_for: str | None = None,
+    compiled: bool = False,
 ) -> Tensor:
-    """:func:`next_token_loss` where every row has a label: rows ``[N, hidden]``, labels ``[N]``.
+    """:func:`next_token_loss` where every row has a label: rows ``[N, hidden]``, labels ``[N]``.  Never waits for the device.
 
-    Blocks of logits are as large as on a device of the type ``sized_for``, by default that of the rows.
+    Blocks of logits are as large as on a device of the type ``sized_for``, by default that of the rows.  ``compiled`` by
+    ``torch.compile``, they are read and written a few times instead of a dozen.
     """
     kind = rows.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else rows.dtype
     if type(head) is nn.Linear and head.bias is None and type(head.weight) is not DTensor:
         size = _rows_at_a_time(len(head.weight), sized_for or kind)
-        loss: Tensor = _NextToken.apply(rows.to(dtype), head.weight, labels, total, size)
+        loss: Tensor = _NextToken.apply(rows.to(dtype), head.weight, labels, total, size, compiled)
         return loss
     # A head that is more than a matrix, or sharded by itself, is called as it is, and once more in backward.
     loss = 0 * rows[..., :1].sum()
@@ -56,7 +65,8 @@ def next_token_loss_of_rows(
 
 
 def _rows_at_a_time(vocabulary: int, device_type: str) -> int:
-    return max(16, _LOGITS.get(device_type, _LOGITS["cpu"]) // vocabulary)
+    """A power of two, so that sequences of usual lengths are cut into blocks of one shape."""
+    return 1 << max(4, (_LOGITS.get(device_type, _LOGITS["cpu"]) // vocabulary).bit_length() - 1)
 
 
 def _nll(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
@@ -68,21 +78,20 @@ class _NextToken(torch.autograd.Function):
     """Gradients are formed block by block in the forward pass, while the logits are there."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor, total: float, size: int) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor, total: float, size: int, compiled: bool
+    ) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         weight = head.to(hidden.dtype)
         needs_hidden, needs_head = ctx.needs_input_grad[:2]
         d_hidden = torch.empty_like(hidden) if needs_hidden else None
         d_head = torch.zeros_like(head, dtype=torch.promote_types(head.dtype, torch.float32)) if needs_head else None
         loss = hidden.new_zeros((), dtype=wide)
+        loss_of_block = _compiled_block() if compiled else _block
         for start in range(0, len(labels), size):
             rows = slice(start, start + size)
-            log_p = (hidden[rows] @ weight.T).to(wide).log_softmax(-1)
-            picked = labels[rows, None]
-            loss -= log_p.gather(-1, picked).sum() / total
-            d_logits = log_p.exp_()
-            d_logits.scatter_add_(-1, picked, d_logits.new_full((1, 1), -1.0).expand(len(picked), 1))
-            d_logits = d_logits.div_(total).to(hidden.dtype)
+            lost, d_logits = loss_of_block(hidden[rows] @ weight.T, labels[rows, None], total)
+            loss += lost
             if d_hidden is not None:
                 torch.mm(d_logits, weight, out=d_hidden[rows])
             if d_head is not None:
@@ -100,4 +109,27 @@ class _NextToken(torch.autograd.Function):
             None,
             None,
             None,
+            None,
         )
+
+
+def _block(logits: Tensor, labels: Tensor, total: float) -> tuple[Tensor, Tensor]:
+    """(loss, its gradient) for logits ``[N, vocab]``, labels ``[N, 1]``; no more than one copy of the logits is made."""
+    log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    loss = -log_p.gather(-1, labels).sum() / total
+    d_logits = log_p.exp_()
+    d_logits.scatter_add_(-1, labels, d_logits.new_full((1, 1), -1.0).expand(len(labels), 1))
+    return loss, d_logits.div_(total).to(logits.dtype)
+
+
+def _fused_block(logits: Tensor, labels: Tensor, total: float) -> tuple[Tensor, Tensor]:
+    """:func:`_block` as a compiler fuses it: nothing in place, and nothing scattered."""
+    log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    loss = -log_p.gather(-1, labels).sum() / total
+    hit = torch.arange(logits.shape[-1], device=labels.device) == labels
+    return loss, ((log_p.exp() - hit.to(log_p.dtype)) / total).to(logits.dtype)
+
+
+@lru_cache
+def _compiled_block() -> Callable[..., tuple[Tensor, Tensor]]:
+    return torch.compile(_fused_block)

@@ -93,7 +93,7 @@ class Retraining:
             compile_layers(teacher)
             compile_layers(student, whole=ranks.size == 1)
         if recompute:
-            _recompute_layers(student)
+            recompute_layers(student)
         self.taught = self._place(teacher)
         self.trunk = self._place(student, self.dtype if self.dtype != torch.float32 else None)
         mixer, other = _split_parameters(student)
@@ -295,8 +295,9 @@ def compile_layers(model: PreTrainedModel, *, whole: bool = False) -> None:
             layer.forward = torch.compile(layer.forward)
 
 
-def _recompute_layers(student: PowerRetentionForCausalLM) -> None:
-    layers: list[GradientCheckpointingLayer] = list(student.model.layers)
+def recompute_layers(model: PreTrainedModel) -> None:
+    """Keep a layer's input only, and compute the layer again in the backward pass."""
+    layers: list[GradientCheckpointingLayer] = list(model.model.layers)
     for layer in layers:
         layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
         layer.gradient_checkpointing = True

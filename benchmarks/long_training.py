@@ -27,6 +27,7 @@ from power_retention.evaluation.memory import predict_training
 from power_retention.files import write_json
 from power_retention.machine import measure_footprint
 from power_retention.models import PowerRetentionConfig
+from power_retention.training.layers import compile_layers, compile_tokenwise, recompute_layers
 from power_retention.training.next_token import next_token_loss
 from power_retention.training.segments import backward_in_segments, next_tokens
 from training_models import Kind, clear, finish, random_ids, random_model
@@ -111,11 +112,10 @@ class Bench:
 def build(kind: Kind, shape: str, bench: Bench, **changes: Any) -> PreTrainedModel:
     """A random model in float32 on the device."""
     model = random_model(kind, shape, bench.device, **changes)
+    if bench.compiled:
+        (compile_tokenwise if kind == "ours" else compile_layers)(model.model.layers)
     if shape in CHECKPOINTED:
-        model.activation_checkpointing_enable()
-    for layer in model.model.layers if bench.compiled else ():
-        for part in (layer.mlp, layer.input_layernorm, layer.post_attention_layernorm):
-            part.compile()
+        recompute_layers(model.model.layers)
     return model
 
 
@@ -234,7 +234,7 @@ def time_transformer(bench: Bench, shape: str, lengths: list[int], seconds: floa
             bench.note(Row(shape, "transformer", tokens, tokens, 1, math.inf, 0, math.inf, None, 0, math.nan, note))
             if checkpointed:
                 return
-            model.activation_checkpointing_enable()
+            recompute_layers(model.model.layers)
             checkpointed = True
             continue
         peak, note = used.peak_bytes / 1e9 + held_gb(bench.device), "activations recomputed" if checkpointed else ""
@@ -289,7 +289,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=["135m", "1.7b"], default=["135m", "1.7b"])
     parser.add_argument("--segment", type=int, default=32768)
     parser.add_argument("--minutes", type=float, default=5.0, help="nothing new is begun after that")
-    parser.add_argument("--compile", action="store_true", help="compile norms and MLPs, in both kinds of model")
+    parser.add_argument("--compile", action="store_true", help="compile the parts of layers, in both kinds of model")
     parser.add_argument(
         "--transformer-seconds", type=float, default=60.0, help="longest step of the Transformer to try"
     )

@@ -19,11 +19,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from long_training import SHAPES
 from power_retention.files import write_json
-from power_retention.models import PowerRetentionConfig, PowerRetentionForCausalLM
+from power_retention.models import PowerRetentionForCausalLM
 from power_retention.training.context import bytes_received, share_context, sum_gradients
 from power_retention.training.segments import backward_in_segments, next_tokens, share_of_rank, trunk_of
+from training_models import our_config
 
 
 def timed(call: Callable[[], Any], device: torch.device) -> float:
@@ -51,7 +51,7 @@ def measure(device: torch.device, quick: bool) -> dict[str, Any]:
     precision = torch.bfloat16 if device.type == "cuda" else None
     torch.manual_seed(0)
     with device:
-        config = PowerRetentionConfig(**SHAPES["tiny" if quick else "135m"], max_position_embeddings=1 << 20)
+        config = our_config("tiny" if quick else "135m")
         model = PowerRetentionForCausalLM(config).train()
         ids = torch.randint(0, config.vocab_size, (1, tokens))
     for x in (*model.parameters(), ids):

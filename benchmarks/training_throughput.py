@@ -51,10 +51,11 @@ from transformers import AttentionInterface
 from power_retention.files import write_json
 from power_retention.machine import matmul_rate
 from power_retention.models.sizes import attention_flops, count_parameters, recurrence_flops
+from power_retention.training.layers import compile_layers, recompute_layers
 from power_retention.training.next_token import next_token_loss_of_rows
 from power_retention.training.recipe import Recipe
 from power_retention.training.recording import Recording
-from power_retention.training.retraining import Retraining, compile_layers, recompute_layers
+from power_retention.training.retraining import Retraining
 from power_retention.training.text import Tokens
 from training_models import Kind, clear, our_config, random_ids, random_model
 
@@ -154,9 +155,9 @@ class Plain:
         ids = random_ids(self.model, setting.rows, cell.length + 1, device)
         self.batch = _Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
         if setting.compiled:
-            compile_layers(self.model, whole=True)
+            compile_layers(self.model.model.layers, whole=True)
         if setting.again:
-            recompute_layers(self.model)
+            recompute_layers(self.model.model.layers)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
         self.recording: Recording[_Batch] | None = None
 

@@ -67,6 +67,21 @@ def test_without_text_it_is_the_bare_swap(source: Source, tmp_path: Path) -> Non
     assert (config.power, config.chunk_size) == (4, 32)
 
 
+@pytest.mark.parametrize("key_bias", [False, True])
+def test_only_a_key_bias_knows_where_it_is(source: Source, key_bias: bool) -> None:
+    """Far beyond the parent's 512 positions a model without one says what it says at the first."""
+    ids = torch.from_numpy(tokenize([sample_text()], source.tokenizer, max_tokens=1024).ids).long()
+    windows = calibration_windows(ids, count=2, length=256)
+    model = convert(source, windows, key_bias=key_bias).student.double().eval()
+    near = torch.arange(256).expand(2, -1)
+    with torch.no_grad():
+        here, there = (
+            model(input_ids=windows, position_ids=near + first, use_cache=False).logits for first in (0, 100_000)
+        )
+    apart = float((here - there).norm() / here.norm())
+    assert apart > 1e-2 if key_bias else apart < 1e-4  # the rotations are float32
+
+
 def test_progress_is_told(source: Source) -> None:
     told: list[tuple[int, int]] = []
     convert(source, torch.randint(3, 500, (2, 128)), progress=lambda done, of: told.append((done, of)))

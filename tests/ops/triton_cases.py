@@ -87,9 +87,7 @@ def output_gradient(case: Case, y: Tensor) -> Tensor:
 
 def run(case: Case, device: str, reference: bool) -> dict[str, Tensor]:
     """Outputs and gradients of the case on the CPU, computed on ``device`` by the kernels or by plain PyTorch in float64."""
-    inputs = {
-        k: (x.double() if reference else x).to(device).detach().requires_grad_() for k, x in drawn(case).items()
-    }
+    inputs = {k: (x.double() if reference else x).to(device).detach().requires_grad_() for k, x in drawn(case).items()}
     borders = torch.tensor([0, *case.runs]).cumsum(0).to(device) if case.runs else None
     d = case.widths[0]
     state = PowerState(inputs["memory"], inputs["normalizer"], case.p, d) if case.state else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from dataclasses import replace
 from pathlib import Path
 
@@ -153,6 +154,21 @@ class TestSteps:
             done = backward_in_segments(model, ids, labels, segment=1000)
             alone += float(done.loss) * done.labelled
         assert summed == pytest.approx(alone, rel=1e-12)
+
+    @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the tracer looks at every tensor's
+    def test_compiled_it_computes_the_same(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Traced for real, and not anew where documents begin elsewhere; what is left out is the code generator."""
+        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+        recipe = TuningRecipe((TuningPhase(5, 64, rows=2, segment=32),))
+        compiled, plain = Tuning(tiny_model(), EXAMPLES, recipe, compiled=True), Tuning(tiny_model(), EXAMPLES, recipe)
+        for step in range(5):
+            with torch.compiler.set_stance("default" if step < 2 else "fail_on_recompile"):
+                got = compiled.gradients(step)
+            assert got["loss"] == pytest.approx(plain.gradients(step)["loss"], rel=1e-5)
+        for one, other in zip(compiled.student.parameters(), plain.student.parameters(), strict=True):
+            assert one.grad is not None
+            assert other.grad is not None
+            assert float((one.grad - other.grad).norm()) <= 1e-3 * float(other.grad.norm())
 
     def test_data_that_are_left_out(self) -> None:
         """A run that goes back reads what comes next, and does not go on in a document from another one's states."""

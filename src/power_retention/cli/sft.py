@@ -59,6 +59,10 @@ def sft(
     checkpointing: Annotated[
         bool, typer.Option("--activation-checkpointing", help="Less memory for a third more time.")
     ] = False,
+    compiled: Annotated[
+        bool | None,
+        typer.Option("--compile/--no-compile", help="Fuse layers with torch.compile; on a GPU by default."),
+    ] = None,
     chat_template: Annotated[
         Path | None, typer.Option(help="A Jinja chat template instead of the tokenizer's.")
     ] = None,
@@ -118,7 +122,8 @@ def sft(
     else:
         recipe = _make_recipe(phases, place, precision, lr=lr, seed=seed, lora=lora, checkpointed=checkpointing)
     tuned = with_adapters(student, recipe.lora, recipe.lora_alpha) if recipe.lora else student
-    tuning = Tuning(tuned, examples, recipe, place)
+    compiled = place.type == "cuda" if compiled is None else compiled
+    tuning = Tuning(tuned, examples, recipe, place, compiled=compiled)
     _report_too_long(examples, recipe)
     if not folder.exists:
         folder.begin_tuning(recipe, given)

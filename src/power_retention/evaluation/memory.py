@@ -33,6 +33,7 @@ from power_retention.models.sizes import (
 from power_retention.ops import Call, PowerState
 from power_retention.ops.chunk import workspace as torch_workspace
 from power_retention.ops.operator import usual_chunk_size
+from power_retention.training.layers import recompute_layers
 from power_retention.training.next_token import next_token_loss_of_rows
 
 _ADAM_BYTES = 8
@@ -156,7 +157,7 @@ def _replay_peak(
     with FakeTensorMode():
         model = PowerRetentionForCausalLM(small).train()
         if checkpointed:
-            model.activation_checkpointing_enable()
+            recompute_layers(model.model.layers)
         counter = _Counter(device_type, model)
         with counter:
             ids = torch.zeros(batch, tokens, dtype=torch.int64)

@@ -13,14 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from power_retention.conversion.calibrate import attention_visited, position_offsets
 from power_retention.errors import ArgumentError
 from power_retention.machine import matmul_rate
 from power_retention.models import PowerRetentionForCausalLM
+from power_retention.training.layers import compile_layers, recompute_layers
 from power_retention.training.losses import distillation_loss
 from power_retention.training.mixture import Mixture
 from power_retention.training.parallel import ALONE, Ranks, Trunk, hand_out, make_root, parallelize
@@ -90,10 +89,10 @@ class Retraining:
         prepare_teacher(teacher, self.dtype)
         student.train()
         if compiled:
-            compile_layers(teacher)
-            compile_layers(student, whole=ranks.size == 1)
+            compile_layers(teacher.model.layers)
+            compile_layers(student.model.layers, whole=ranks.size == 1)
         if recompute:
-            recompute_layers(student)
+            recompute_layers(student.model.layers)
         self.taught = self._place(teacher)
         self.trunk = self._place(student, self.dtype if self.dtype != torch.float32 else None)
         mixer, other = _split_parameters(student)
@@ -281,26 +280,6 @@ def _clip(parameters: list[Tensor], largest: float) -> Tensor:
         norm = norm.full_tensor()
     torch.nn.utils.clip_grads_with_norm_(with_gradient, largest, norm)
     return norm
-
-
-def compile_layers(model: PreTrainedModel, *, whole: bool = False) -> None:
-    """Compile the parts of every layer, and ``whole`` layers where no hook lies between their parts; once for all layers.
-
-    What modules compute rather than the modules: hooks around them go on working.
-    """
-    for layer in model.model.layers:
-        for part in (layer.input_layernorm, layer.self_attn, layer.post_attention_layernorm, layer.mlp):
-            part.forward = torch.compile(part.forward)
-        if whole:
-            layer.forward = torch.compile(layer.forward)
-
-
-def recompute_layers(model: PreTrainedModel) -> None:
-    """Keep a layer's input only, and compute the layer again in the backward pass."""
-    layers: list[GradientCheckpointingLayer] = list(model.model.layers)
-    for layer in layers:
-        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
-        layer.gradient_checkpointing = True
 
 
 def _split_parameters(student: PowerRetentionForCausalLM) -> tuple[list[Tensor], list[Tensor]]:

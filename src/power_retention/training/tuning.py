@@ -23,6 +23,7 @@ from power_retention.ops import PowerState
 from power_retention.ops.heads import compute_dtype
 from power_retention.training.examples import Example
 from power_retention.training.folder import RunFolder
+from power_retention.training.layers import compile_tokenwise, recompute_layers
 from power_retention.training.parallel import ALONE
 from power_retention.training.retraining import Metrics
 from power_retention.training.segments import Bptt, Carry, backward_in_segments, trunk_of
@@ -280,16 +281,26 @@ class Tuning:
         examples: the data.
         recipe: what to do.
         device: where; the model is moved there.
+        compiled: fuse what layers do to each token by ``torch.compile``: the first steps take a minute longer.
     """
 
     def __init__(
-        self, model: nn.Module, examples: Sequence[Example], recipe: TuningRecipe, device: torch.device | None = None
+        self,
+        model: nn.Module,
+        examples: Sequence[Example],
+        recipe: TuningRecipe,
+        device: torch.device | None = None,
+        *,
+        compiled: bool = False,
     ) -> None:
         self.model, self.examples, self.recipe = model.train(), examples, recipe
         self.device = device or next(model.parameters()).device
         model.to(self.device)
+        layers = trunk_of(model).layers
+        if compiled:
+            compile_tokenwise(layers)
         if recipe.checkpointed:
-            trunk_of(model).activation_checkpointing_enable({"use_reentrant": False})
+            recompute_layers(layers)
         self.ranks, self.data_shift = ALONE, 0
         self._lengths = [len(example) for example in examples]
         self._plans = [self._plan(number, phase.steps) for number, phase in enumerate(recipe.phases)]

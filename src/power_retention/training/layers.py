@@ -1,0 +1,39 @@
+"""How layers are run while they are trained: compiled, or computed again in the backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+
+def compile_layers(layers: Iterable[Any], *, whole: bool = False) -> None:
+    """Compile the parts of every layer, and ``whole`` layers where no hook lies between their parts; once for all layers.
+
+    What modules compute rather than the modules: hooks around them go on working.
+    """
+    for layer in layers:
+        for part in (layer.input_layernorm, layer.self_attn, layer.post_attention_layernorm, layer.mlp):
+            part.forward = torch.compile(part.forward)
+        if whole:
+            layer.forward = torch.compile(layer.forward)
+
+
+def compile_tokenwise(layers: Iterable[Any]) -> None:
+    """Compile what layers of ours do to each token by itself: nothing is compiled anew where documents begin elsewhere."""
+    for layer in layers:
+        for part in (layer.input_layernorm, layer.post_attention_layernorm, layer.mlp):
+            part.forward = torch.compile(part.forward, dynamic=True)
+        mixer = layer.self_attn
+        for name in ("queries", "keys", "log_gates"):
+            setattr(mixer, name, torch.compile(getattr(mixer, name), dynamic=True))
+
+
+def recompute_layers(layers: Iterable[Any]) -> None:
+    """Keep a layer's input only, and compute the layer again in the backward pass."""
+    for layer in layers:
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        layer.gradient_checkpointing = True

@@ -15,7 +15,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from power_retention.conversion import convert as conversions
-from power_retention.conversion.convert import Conversion, calibration_windows, convert, sample_text, save_conversion
+from power_retention.conversion.convert import (
+    Conversion,
+    calibration_windows,
+    convert,
+    converted_again,
+    sample_text,
+    save_conversion,
+)
 from power_retention.conversion.source import Source, open_source
 from power_retention.errors import DataError, OutputError
 from power_retention.training.text import tokenize
@@ -80,6 +87,18 @@ def test_only_a_key_bias_knows_where_it_is(source: Source, key_bias: bool) -> No
         )
     apart = float((here - there).norm() / here.norm())
     assert apart > 1e-2 if key_bias else apart < 1e-4  # the rotations are float32
+
+
+@pytest.mark.parametrize("key_bias", [False, True])
+def test_what_a_retrained_model_started_from(source: Source, key_bias: bool, tmp_path: Path) -> None:
+    ids = tokenize([sample_text()], source.tokenizer, max_tokens=1024).ids
+    windows = calibration_windows(torch.from_numpy(ids).long(), count=2, length=128)
+    conversion = convert(source, windows, key_bias=key_bias)
+    save_conversion(conversion, tmp_path / "out")
+    again = converted_again(source.model, conversion.student.config, tmp_path / "out").state_dict()
+    wanted = conversion.student.state_dict()
+    assert list(again) == list(wanted)
+    assert all(torch.allclose(again[name], value, rtol=1e-6, atol=0) for name, value in wanted.items())
 
 
 def test_progress_is_told(source: Source) -> None:

@@ -250,21 +250,12 @@ def _held_out_windows(text: list[Path], field: str, source: Source, windows: int
 def _losses(
     student: PowerRetentionForCausalLM, teacher: PreTrainedModel, folder: Path, windows: Tensor
 ) -> dict[str, HeldOutLoss]:
-    from power_retention.conversion.calibrate import apply_calibration
-    from power_retention.conversion.convert import CALIBRATION, hard_swap
-    from power_retention.conversion.swap import swap_attention
+    from power_retention.conversion.convert import CALIBRATION, converted_again, hard_swap
     from power_retention.evaluation.loss import HeldOut
-
-    def calibrated() -> PreTrainedModel:
-        import copy
-
-        model = swap_attention(copy.deepcopy(teacher), p=student.config.power)
-        apply_calibration(model, folder / CALIBRATION)
-        return model
 
     variants = {"hard swap": lambda: hard_swap(teacher, student.config.power)}
     if (folder / CALIBRATION).exists():
-        variants["calibrated"] = calibrated
+        variants["calibrated"] = lambda: converted_again(teacher, student.config, folder)
     retrained = (folder / "run").exists()
     if retrained or "calibrated" not in variants:
         variants["retrained" if retrained else "converted"] = lambda: student

@@ -233,17 +233,11 @@ def _models(
 
 def _untrained(student: PowerRetentionForCausalLM, source: Source, folder: Path) -> PowerRetentionForCausalLM:
     """The calibrated conversion that a retrained model started from; of a conversion itself, the hard swap."""
-    import copy
-
-    from power_retention.conversion.calibrate import apply_calibration
-    from power_retention.conversion.convert import CALIBRATION, hard_swap
-    from power_retention.conversion.swap import swap_attention
+    from power_retention.conversion.convert import converted_again, hard_swap
 
     if not _was_calibrated(folder):
         return hard_swap(source.model, student.config.power)
-    model = swap_attention(copy.deepcopy(source.model), p=student.config.power)
-    apply_calibration(model, folder / CALIBRATION)
-    return model
+    return converted_again(source.model, student.config, folder)
 
 
 def _was_calibrated(folder: Path) -> bool:

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from power_retention.conversion.calibrate import LayerReport, calibrate_mixers, save_calibration
+from power_retention.conversion.calibrate import LayerReport, apply_calibration, calibrate_mixers, save_calibration
 from power_retention.conversion.source import Source
 from power_retention.conversion.swap import swap_attention
 from power_retention.errors import DataError
 from power_retention.files import new_folder, write_json
-from power_retention.models import PowerRetentionForCausalLM
+from power_retention.models import PowerRetentionConfig, PowerRetentionForCausalLM
 
 REPORT = "conversion.json"
 CALIBRATION = "calibration.safetensors"
@@ -82,6 +82,17 @@ def hard_swap(teacher: PreTrainedModel, p: int = 2) -> PowerRetentionForCausalLM
     with torch.no_grad():
         for mixer in student.mixers:
             mixer.g_proj.bias.zero_()
+    return student
+
+
+def converted_again(teacher: PreTrainedModel, config: PowerRetentionConfig, folder: Path) -> PowerRetentionForCausalLM:
+    """The calibrated conversion that a retrained model with this configuration, saved in ``folder``, started from.
+
+    Raises:
+        StateError: the folder's calibration is damaged, or of another model.
+    """
+    student = swap_attention(copy.deepcopy(teacher), p=config.power, key_bias=config.key_bias)
+    apply_calibration(student, folder / CALIBRATION)
     return student
 
 

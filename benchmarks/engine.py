@@ -10,7 +10,8 @@ Random weights in the shape of SmolLM2-135M.  Three parts, each an engine in a p
   (``given_contexts.py``): pages hold anything, and attention over them takes the time it takes.
 
 What is timed is whole steps of the engine in which every request gets a token, its scheduler included, over some fold periods.
-A part that fails is tried once more without compiling; one that runs out of time leaves the rows it has.
+A part that fails is tried once more, not compiled and with the engine's older runner; one that runs out of time leaves
+the rows it has.
 """
 
 from __future__ import annotations
@@ -297,7 +298,9 @@ def run_part(part: Part, folder: Path, shape: dict[str, Any], out: Path, seconds
     states = folder / "states" if part.context == "named" else None
     engine = Engine(folder / part.model, states, {**part.options, **({"enforce_eager": True} if eager else {})})
     report: dict[str, Any] = {"compiled": not eager, "capacity": capacity(engine, part, shape), "rows": []}
-    report["async scheduling"] = bool(engine.llm.llm_engine.vllm_config.scheduler_config.async_scheduling)
+    config = engine.llm.llm_engine.vllm_config
+    report["async scheduling"] = bool(config.scheduler_config.async_scheduling)
+    report["model runner"] = "V2" if getattr(config, "use_v2_model_runner", False) else "V1"  # the engine's own choice
     vocabulary = shape["vocab_size"]
     named = name_contexts(engine, states, folder / part.model, vocabulary) if states is not None else None
     given = {"context": "given"} if part.context == "given" else {}
@@ -325,7 +328,11 @@ def run_part(part: Part, folder: Path, shape: dict[str, Any], out: Path, seconds
         if time.perf_counter() - begun > seconds:
             report["left out"] = [w for w, _ in asked[len(report["rows"]) :]]
             break
-        report["rows"].append({**what, **measure()})
+        try:
+            found: dict[str, Any] = measure()
+        except Exception as error:  # the others are to be timed all the same
+            found = {"error": f"{type(error).__name__}: {error}"[:1000]}
+        report["rows"].append({**what, **found})
         print(json.dumps(report["rows"][-1]), flush=True)
         write_json(out, report)
     report["seconds"] = time.perf_counter() - begun
@@ -343,9 +350,12 @@ def start_part(
     out.unlink(missing_ok=True)
     command = [sys.executable, __file__, str(out), "--shape", arguments.shape, "--part", name, "--models", str(folder)]
     command += ["--seconds", str(0.85 * seconds), *(["--eager"] if eager else [])]
+    environment = {**os.environ, **({"VLLM_USE_V2_MODEL_RUNNER": "0"} if eager else {})}
     log = arguments.out.with_suffix(f".{name.replace(' ', '-')}{'-eager' if eager else ''}.log")
     with log.open("wb") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, env=environment
+        )
         try:
             ended = f"exit status {process.wait(seconds)}"
         except subprocess.TimeoutExpired:
@@ -363,6 +373,11 @@ def start_part(
     return found
 
 
+def has_figures(found: dict[str, Any]) -> bool:
+    """Whether anything was timed."""
+    return any("error" not in row for row in found.get("rows", ()))
+
+
 def describe() -> dict[str, Any]:
     """Where this is measured."""
     from importlib.metadata import distributions
@@ -374,7 +389,7 @@ def describe() -> dict[str, Any]:
 
 
 def main() -> int:
-    """The exit status counts parts without a row."""
+    """The exit status counts parts without a figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="JSON to write; logs go beside it")
     parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
@@ -396,9 +411,10 @@ def main() -> int:
         folder = Path(made)
         write_models(folder, shape)
         for place, name in enumerate(names):
+            print(f"{name} …", flush=True)
             share = (end - time.monotonic()) / (len(names) - place)
             found = start_part(arguments, name, folder, share, eager=False)
-            if not found.get("rows") and end - time.monotonic() > 45:
+            if not has_figures(found) and end - time.monotonic() > 45:
                 retried = start_part(
                     arguments, name, folder, (end - time.monotonic()) / (len(names) - place), eager=True
                 )
@@ -406,7 +422,7 @@ def main() -> int:
             report["parts"][name] = found
             print(name, json.dumps({**found, "rows": len(found.get("rows", ()))})[:1500], flush=True)
             write_json(arguments.out, report)
-    return sum(not found.get("rows") for found in report["parts"].values())
+    return sum(not has_figures(found) for found in report["parts"].values())
 
 
 if __name__ == "__main__":

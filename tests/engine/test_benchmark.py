@@ -25,6 +25,7 @@ def test_named_and_given_contexts_are_timed_and_the_house_is_full(tmp_path: Path
     assert house["served at once"] == house["tokens in a step"] == transformer["capacity"]["users"] == 4
     assert house["thrown out"] == 0
     for part in (states, transformer):
+        assert not any("error" in row for row in part["rows"])
         for row in part["rows"]:
             if "batch" in row:
                 assert row["slowest ms"] >= row["ms a step"] > 0

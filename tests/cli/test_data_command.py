@@ -56,6 +56,8 @@ def test_help_and_refusals(here: Here, stories_text: Path, stories_dir: Path, tm
     assert "already holds something else" in here.refusal(
         "data", stories_text, "--tokenizer", stories_dir, "--out", stories_dir
     )
+    code = ("data", stories_text, "--tokenizer", stories_dir, "--out", tmp_path / "out", "--fill-in", "0.5")
+    assert "this tokenizer has none" in here.refusal(*code)
     for command in ("inspect", "verify"):
         assert "holds no token shards" in here.refusal("data", command, tmp_path)
     assert not (tmp_path / "out").exists()

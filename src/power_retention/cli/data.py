@@ -27,6 +27,8 @@ _EXAMPLES = """
 
         power-retention data Salesforce/wikitext --split train --tokenizer my-model --out shards/wiki
 
+        power-retention data python.jsonl --tokenizer bigcode/starcoder2-3b --fill-in 0.5 --out shards/python
+
         power-retention data inspect shards/prose
 
         power-retention data verify shards/prose
@@ -65,8 +67,18 @@ def build(
     text_field: TextField = "text",
     split: Annotated[str, typer.Option(help="Split of a dataset that has several.")] = "train",
     held_out: Annotated[float, typer.Option(help="Share of the documents to leave out, for `evaluate`.")] = 0.05,
+    fill_in: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Share of the documents to write with their middle last (fill-in-the-middle), for a code model whose "
+            "tokenizer has tokens for it.",
+        ),
+    ] = 0.0,
     shard_mb: Annotated[float, typer.Option(help="Megabytes of source that make a shard.")] = 64.0,
     workers: Annotated[int | None, typer.Option(help="Processes; as many as cores by default.")] = None,
+    seed: Annotated[int, typer.Option(help="Of --fill-in: which documents, and where they are cut.")] = 0,
     json: Json = False,
 ) -> None:
     """Turn text into token shards; run again, it makes only what is missing.
@@ -76,6 +88,7 @@ def build(
         power-retention data corpus.jsonl books/ --tokenizer my-model --out shards/prose
     """
     quiet_libraries()
+    from power_retention.training.fill_in import FillIn
     from power_retention.training.sharding import make_shards
 
     started = time.monotonic()
@@ -93,6 +106,7 @@ def build(
             text_field=text_field,
             split=split,
             held_out=held_out,
+            fill_in=FillIn(fill_in, seed) if fill_in else None,
             shard_bytes=int(shard_mb * 1e6),
             workers=workers or os.cpu_count() or 1,
             watch=lambda progress: update(progress.done, progress.shards, note(progress)),
@@ -170,6 +184,7 @@ def _described(folder: Path) -> dict[str, Any]:
         "tokenizer": plan.tokenizer,
         "tokenizer_source": plan.content["tokenizer_source"],
         "held_out": plan.content["held_out"],
+        "fill_in": (plan.content.get("fill_in") or {}).get("share", 0.0),
         "files": len(plan.content["files"]),
     }
 

@@ -16,6 +16,7 @@ import numpy as np
 from power_retention.conversion.source import fingerprint_tokenizer, open_tokenizer
 from power_retention.errors import ArgumentError, DataError, OutputError
 from power_retention.files import clear_write_errors, new_folder, replacement, write_json
+from power_retention.training.fill_in import FillIn, marks_of, tokenize_filling_in
 from power_retention.training.shards import (
     FORMAT,
     PLAN,
@@ -27,7 +28,7 @@ from power_retention.training.shards import (
     shard_name,
 )
 from power_retention.training.sources import Piece, find_pieces, read_piece
-from power_retention.training.text import hash_unit, tokenize_batch
+from power_retention.training.text import hash_unit
 from power_retention.workers import Failed, in_processes
 
 _DOCUMENTS_AT_A_TIME = 64
@@ -61,6 +62,7 @@ def make_shards(
     text_field: str = "text",
     split: str = "train",
     held_out: float = 0.05,
+    fill_in: FillIn | None = None,
     shard_bytes: int = 1 << 26,
     workers: int = 1,
     watch: Callable[[ShardingProgress], None] | None = None,
@@ -77,13 +79,14 @@ def make_shards(
         text_field: where a record or a column keeps its text.
         split: of a dataset that has several.
         held_out: share of the documents to leave out, by the hash that ``retrain`` and ``evaluate`` divide text by.
+        fill_in: which documents are written with their middle last, for a code model.
         shard_bytes: about how much source makes a shard.
         workers: processes; with 1 the work is done in this one.
         watch: told about every shard.
 
     Raises:
         ArgumentError: an option out of range.
-        DataError: a source is missing or damaged; finished shards stay.
+        DataError: a source is missing or damaged, or the tokenizer has no tokens to fill in with; finished shards stay.
         OutputError: ``out`` holds something else, or the disk is full; finished shards stay.
     """
     if not 0 <= held_out < 1 or min(shard_bytes, workers) < 1:
@@ -92,6 +95,8 @@ def make_shards(
             f"and the number of processes ({workers}) at least 1."
         )
     loaded = open_tokenizer(tokenizer)
+    if fill_in is not None:
+        marks_of(loaded)
     pieces = find_pieces(sources, split=split, piece_bytes=min(shard_bytes, 1 << 24))
     content: dict[str, Any] = {
         "format": FORMAT,
@@ -100,6 +105,7 @@ def make_shards(
         "dtype": "uint16" if len(loaded) <= 1 << 16 else "uint32",
         "text_field": text_field,
         "held_out": held_out,
+        "fill_in": None if fill_in is None else asdict(fill_in),
         "files": {path: _identity(path) for path in sorted({piece.path for piece in pieces})},
         "shards": [[asdict(piece) for piece in group] for group in _grouped(pieces, shard_bytes)],
     }
@@ -135,11 +141,12 @@ def write_shard(task: tuple[str, int]) -> tuple[int, int]:
     path = folder / f"{shard_name(number)}.bin"
     digest, lengths, source_bytes = Checksum(), [], 0
     dtype = np.dtype(content["dtype"]).newbyteorder("<")
+    fill_in = FillIn(**content["fill_in"]) if content.get("fill_in") else None
     texts = chain.from_iterable(read_piece(piece, content["text_field"]) for piece in pieces)
     with clear_write_errors(path), replacement(path) as partial, partial.open("wb") as file:
         for group in _groups_of(_DOCUMENTS_AT_A_TIME, _kept(texts, content["held_out"])):
             source_bytes += sum(len(text.encode("utf-8", "replace")) for text in group)
-            for ids in tokenize_batch(group, tokenizer):
+            for ids in tokenize_filling_in(group, tokenizer, fill_in):
                 if len(ids):
                     narrow = ids.astype(dtype).tobytes()
                     digest.add(narrow)

@@ -12,8 +12,7 @@ from power_retention.conversion.source import open_source
 from power_retention.conversion.swap import swap_attention
 from power_retention.errors import RunInterrupted
 from power_retention.evaluation.benchmarks import Benchmark
-from power_retention.evaluation.comparison import compare
-from power_retention.evaluation.harness import Scores
+from power_retention.evaluation.comparison import Scores, compare
 from power_retention.files import write_json
 from power_retention.training.domains import TrainedOnText, read_domains
 from power_retention.training.folder import RunFolder

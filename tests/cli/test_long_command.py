@@ -109,4 +109,4 @@ def test_a_model_without_a_state_is_refused(converted: Path, stories_text: Path,
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"power": 24}))
     message = here.refusal("evaluate", model, "--long", "--haystack", stories_text)
-    assert "long contexts are read into one" in message
+    assert "--generated is read into one" in message

@@ -57,10 +57,18 @@ def evaluate(
             "math-500, mbpp, humaneval, arc-generation, mmlu-generation, or any task of lm-evaluation-harness."
         ),
     ] = "",
+    generated: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help='JSONL of questions to be answered by writing, a line each: {"prompt": …, "answers": […]}; may be repeated.'
+        ),
+    ] = None,
     task_folder: Annotated[
         Path | None, typer.Option(help="Folder of task definitions that take precedence, for documents on disk.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task; all by default.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Documents or questions of each task; all by default.")
+    ] = None,
     shots: Annotated[
         int | None, typer.Option(min=0, help="Examples in a prompt; each task's custom by default.")
     ] = None,
@@ -127,7 +135,8 @@ def evaluate(
 
     With --text: four losses on text that `retrain` held out, of the teacher, the hard swap (bare mixers, the published way to
     start), the calibrated conversion, and the model itself. With --tasks (pip install power-retention[tasks]): scores, and
-    the share of the teacher's lead over guessing that is recovered. With --long: what is recalled of contexts of up to 262,144
+    the share of the teacher's lead over guessing that is recovered; the same of questions of your own with --generated, which
+    needs nothing installed. With --long: what is recalled of contexts of up to 262,144
     tokens and the loss by position up to a million, beside the teacher within its window, the untrained conversion, and the
     teacher with a sliding window that weighs as much as our state. What an earlier call measured of the same weights stays
     in the report. Examples:
@@ -138,26 +147,30 @@ def evaluate(
 
         power-retention evaluate my-model-retrained --tasks arc,hellaswag,gsm8k --limit 200
 
+        power-retention evaluate my-model-retrained --generated questions.jsonl --limit 500
+
         power-retention evaluate my-model-retrained --long --haystack corpus.jsonl
 
         power-retention evaluate my-model-retrained --long --quick --long-tasks "needle, facts" --stream 0
     """
     from power_retention.cli.long import LongOptions, run_long, show_long, whole_numbers
-    from power_retention.cli.tasks import TaskOptions, quiet_progress, run_tasks, show_tasks, task_names
+    from power_retention.cli.tasks import TaskOptions, quiet_progress, run_generated, run_tasks, show_tasks, task_names
 
     quiet_progress()
     quiet_libraries()
     from power_retention.errors import ArgumentError, DataError
+    from power_retention.evaluation.generated import read_questions
     from power_retention.evaluation.long.figures import draw_long_figures
     from power_retention.files import clear_write_errors, write_json
     from power_retention.ops.layout import has_state
 
     names = task_names(tasks)
-    if not text and not names and not long:
+    if not text and not names and not long and not generated:
         raise DataError(
             "evaluate needs the text that the model was retrained on, to predict what was held out: --text FILE; or "
-            "benchmarks: --tasks arc,hellaswag; or --long."
+            "benchmarks: --tasks arc,hellaswag; or questions: --generated FILE; or --long."
         )
+    questions = read_questions(generated, limit=limit) if generated else []
     decoded_at = list(whole_numbers("--contexts", contexts)) if text else []
     long_options = LongOptions(
         lengths, depths, seeds, long_tasks, stream, haystack or text or [], text_field, tree, quick, precision, seed
@@ -171,11 +184,11 @@ def evaluate(
     with status.status("Opening model, teacher and text" if text else "Opening model and teacher"):
         student, source = open_student(model).eval(), open_noted_teacher(model, teacher)
         held_out = _held_out_windows(text, text_field, source, windows, length) if text else None
-    if (decoded_at or long) and not has_state(student.config.head_dim, student.config.power):
-        if long:
+    if (decoded_at or long or questions) and not has_state(student.config.head_dim, student.config.power):
+        if long or questions:
             raise ArgumentError(
-                f"p = {student.config.power} leaves heads this wide no state, and long contexts are read into one: only a "
-                "model converted with --power 2 can be asked about them."
+                f"p = {student.config.power} leaves heads this wide no state, and what is asked with --long and --generated is "
+                "read into one: only a model converted with --power 2 can be asked."
             )
         status.print(f"p = {student.config.power} leaves heads this wide no state: decoding is not measured.")
         decoded_at = []
@@ -186,6 +199,11 @@ def evaluate(
     losses, samples, decode, drawn = {}, {}, {}, list[Path]()
     if suite:
         report["tasks"] = report.get("tasks", {}) | run_tasks(suite, options, student, source, report, out)
+        write_json(out / "evaluation.json", report)
+    if questions:
+        answered = run_generated(questions, options, student, source, report, out)
+        report["tasks"] = report.get("tasks", {}) | answered
+        names += answered
         write_json(out / "evaluation.json", report)
     if long:
 
@@ -212,11 +230,12 @@ def evaluate(
         return
     if losses:
         _show(report, losses, samples, prompt, decode)
-    if suite:
+    if names:
         show_tasks({name: report["tasks"][name] for name in names})
     if long:
         show_long(report["long"])
-    written = ["evaluation.json", *(["decode.png"] if decode else []), *(["recovery.png"] if suite else [])]
+    written = ["evaluation.json", *(["decode.png"] if decode else []), *(["recovery.png"] if names else [])]
+    written += ["generated.jsonl"] if questions else []
     written += [path.name for path in drawn]
     results.print(f"\nReport in [bold]{escape(str(out))}[/]: {', '.join(written)}", highlight=False)
 

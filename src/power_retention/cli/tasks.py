@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
     from power_retention.conversion.source import Source
     from power_retention.evaluation.benchmarks import Benchmark
-    from power_retention.evaluation.harness import Progress, Scores, Suite
+    from power_retention.evaluation.comparison import Scores
+    from power_retention.evaluation.generated import Free
+    from power_retention.evaluation.harness import Progress, Suite
     from power_retention.models import PowerRetentionForCausalLM
 
 
@@ -115,6 +117,55 @@ def run_tasks(
     return rows
 
 
+def run_generated(
+    questions: list[Free],
+    options: TaskOptions,
+    student: PowerRetentionForCausalLM,
+    source: Source,
+    report: dict[str, Any],
+    out: Path,
+) -> dict[str, Any]:
+    """The questions of files, as :func:`run_tasks`; what each model wrote goes to ``generated.jsonl``."""
+    from power_retention import __version__
+    from power_retention.conversion.convert import hard_swap
+    from power_retention.evaluation.comparison import HARD_SWAP, STUDENT, TEACHER, compare
+    from power_retention.evaluation.figure import draw_recovery_figure
+    from power_retention.evaluation.generated import benchmarks_of, check_lengths, generate_answers, score_answers
+    from power_retention.evaluation.long.asking import Effort
+    from power_retention.evaluation.long.context import Encoder
+    from power_retention.evaluation.long.readers import AttentionReader, StateReader
+    from power_retention.files import clear_write_errors, json_line, replacement
+
+    device, dtype = placement(options.precision)
+    encoder = Encoder(source.tokenizer)
+    check_lengths(questions, encoder, int(source.model.config.max_position_embeddings))
+    models: list[tuple[str, Callable[[], Any], type[StateReader] | type[AttentionReader]]] = [
+        (STUDENT, lambda: student, StateReader),
+        (TEACHER, lambda: source.model, AttentionReader),
+    ]
+    if options.hard_swap:
+        models.append((HARD_SWAP, lambda: hard_swap(source.model, student.config.power), StateReader))
+    written = {}
+    for name, opened, kind in models:
+        model = opened()
+        with placed(model, device, dtype), progress_bar(f"Answers, {name}") as update:
+            written[name] = generate_answers(kind(model), questions, encoder, Effort.usual(device), update)
+    scores = {name: score_answers(questions, answers) for name, answers in written.items()}
+    by = f"power-retention {__version__}"
+    run = {"harness": by, "limit": options.limit, "run_in": f"{str(dtype).removeprefix('torch.')} on {device.type}"}
+    rows = {row.benchmark.name: {**row.to_dict(), **run} for row in compare(benchmarks_of(questions), scores)}
+    with clear_write_errors(out), replacement(out / "generated.jsonl") as partial:
+        lines = zip(questions, *written.values(), strict=True)
+        records = [
+            {"task": question.task, "prompt": question.text, "answers": question.answers}
+            | dict(zip(written, texts, strict=True))
+            for question, *texts in lines
+        ]
+        partial.write_text("".join(map(json_line, records)), encoding="utf-8")
+    draw_recovery_figure(report.get("tasks", {}) | rows, out / "recovery.png", f"What is recovered of {source.name}")
+    return rows
+
+
 def _ask(suite: Suite, options: TaskOptions, name: str, model: PreTrainedModel, source: Source) -> dict[str, Scores]:
     """Scores of one model."""
     with placed(model, *placement(options.precision)), ExitStack() as bar:
@@ -132,7 +183,7 @@ def show_tasks(rows: Mapping[str, Mapping[str, Any]]) -> None:
     for kind in dict.fromkeys(row["kind"] for row in rows.values()):
         lines = [
             (
-                f"{row['title']}\n{row['shots']}-shot, {row['documents']:,} documents",
+                f"{row['title']}\n{_shots(row['shots'])}{row['documents']:,} documents",
                 f"{100 * row['chance']:.1f}",
                 *(_percent(row["scores"][model]) for model in models),
                 _percent(row["recovered"]["student"]),
@@ -148,6 +199,10 @@ def show_tasks(rows: Mapping[str, Mapping[str, Any]]) -> None:
             results.print(
                 f"{row['title']}: {row['cut']:,} prompts were too long for the model, and lost their beginning."
             )
+
+
+def _shots(shots: int | None) -> str:
+    return "" if shots is None else f"{shots}-shot, "
 
 
 def _percent(estimate: Mapping[str, float | None] | None) -> str:

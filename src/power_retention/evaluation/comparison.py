@@ -4,15 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from power_retention.evaluation.benchmarks import Benchmark
-from power_retention.evaluation.recovery import Estimate, mean, recovery
-
-if TYPE_CHECKING:
-    from power_retention.evaluation.harness import Scores
+from power_retention.evaluation.recovery import Array, Estimate, mean, recovery
 
 TEACHER, STUDENT, HARD_SWAP = "teacher", "student", "hard swap"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one model scored on one benchmark, document by document.
+
+    Attributes:
+        values: ``[N]``, each in [0, 1].
+        chance: ``[N]``, what a guess is expected to score.
+        prompts: digests of the prompts: equal ones make two models comparable.
+        metric: what was counted.
+        kind: "likelihood" of given answers, or "generation" of text.
+        shots: examples in the prompt; None where whoever wrote it decides.
+        cut: requests whose prompt lost its beginning, because the model was made for fewer positions.
+    """
+
+    values: Array
+    chance: Array
+    prompts: tuple[str, ...]
+    metric: str
+    kind: str
+    shots: int | None
+    cut: int = 0
 
 
 @dataclass(frozen=True)
@@ -27,7 +47,7 @@ class Row:
         recovered: share of the teacher's lead, of every model but the teacher; None where the teacher is not above chance.
         metric: what was counted.
         kind: "likelihood" or "generation".
-        shots: examples in the prompt.
+        shots: examples in the prompt; None where whoever wrote it decides.
         cut: prompts that lost their beginning.
     """
 
@@ -38,7 +58,7 @@ class Row:
     recovered: dict[str, Estimate | None]
     metric: str
     kind: str
-    shots: int
+    shots: int | None
     cut: int
 
     def to_dict(self) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from power_retention.errors import ArgumentError, DataError
 from power_retention.evaluation.benchmarks import Benchmark, find_benchmark
-from power_retention.evaluation.recovery import Array
+from power_retention.evaluation.comparison import Scores
 
 HARNESS = f"lm-eval {lm_eval.__version__}"
 
@@ -31,29 +30,6 @@ _USUAL_METRICS = ("acc_norm", "acc", "exact_match", "pass@1", "pass_at_1", "math
 _DEFINITIONS = Path(cast("str", lm_eval.__file__)).parent / "tasks"
 
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What one model scored on one benchmark, document by document.
-
-    Attributes:
-        values: ``[N]``, each in [0, 1].
-        chance: ``[N]``, what a guess is expected to score.
-        prompts: digests of the prompts: equal ones make two models comparable.
-        metric: what was counted.
-        kind: "likelihood" of given answers, or "generation" of text.
-        shots: examples in the prompt.
-        cut: requests whose prompt lost its beginning, because the model was made for fewer positions.
-    """
-
-    values: Array
-    chance: Array
-    prompts: tuple[str, ...]
-    metric: str
-    kind: str
-    shots: int
-    cut: int = 0
 
 
 class Suite:

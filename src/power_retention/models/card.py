@@ -123,7 +123,7 @@ def _benchmarks(evaluation: dict[str, Any]) -> str:
         + " | ".join(
             (
                 task["title"],
-                f"{task['shots']}, by {task['kind']}",
+                f"{'in the question' if task['shots'] is None else task['shots']}, by {task['kind']}",
                 f"{task['documents']:,}",
                 f"{task['chance']:.1%}",
                 _percent(task["scores"]["teacher"]),

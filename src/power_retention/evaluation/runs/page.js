@@ -437,7 +437,7 @@ function drawBenchmarks() {
   byId("tasks").replaceChildren(
     make("thead", {}, make("tr", {}, ...["benchmark", "chance", "teacher"].map((head) => make("th", { scope: "col" }, head)), ...heads)),
     make("tbody", {}, ...[...rows].map(([name, row]) => make("tr", { "data-task": name },
-      make("td", {}, row.title, make("span", { class: "detail" }, `by ${row.kind}, ${row.shots}-shot, ${row.documents} documents`)),
+      make("td", {}, row.title, make("span", { class: "detail" }, `by ${row.kind}, ${row.shots === null ? "" : `${row.shots}-shot, `}${row.documents} documents`)),
       make("td", {}, (100 * row.chance).toFixed(1)), make("td", {}, within(row.teacher)),
       ...runs.map((run) => {
         const own = run.tasks[name];

@@ -91,13 +91,15 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=500)
     parser.add_argument("--characters", type=int, default=3000, help="of a file that are read at most (identifiers)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--task", help="what to call them; by default what they are")
     arguments = parser.parse_args()
     rng = random.Random(arguments.seed)
     if arguments.kind == "squad":
         found = squad_questions(arguments.source, rng)
     else:
         found = identifier_questions(arguments.source, rng, arguments.characters)
-    lines = [json_line(question) for _, question in zip(range(arguments.count), found, strict=False)]
+    named = {"task": arguments.task} if arguments.task else {}
+    lines = [json_line(question | named) for _, question in zip(range(arguments.count), found, strict=False)]
     with replacement(arguments.out) as partial:
         partial.write_text("".join(lines), encoding="utf-8")
     print(f"{arguments.out}: {len(lines)} questions.")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
-import runpy
+import random
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import pytest
 import torch
@@ -69,14 +71,17 @@ def test_without_arguments_it_says_how(tmp_path: Path) -> None:
     assert "scripts/retrain_code.sh TEXT OUT" in done.stderr
 
 
+@pytest.fixture(scope="module")
+def script() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(SCRIPTS))
+        yield importlib.import_module("complete_functions")
+
+
 class TestFinishedFunctions:
     """What counts as Python."""
 
     given = "def f(x):\n    y = x\n"
-
-    @pytest.fixture(scope="class")
-    def script(self) -> dict[str, Any]:
-        return runpy.run_path(str(SCRIPTS / "complete_functions.py"))
 
     @pytest.mark.parametrize(
         ("written", "valid"),
@@ -90,17 +95,15 @@ class TestFinishedFunctions:
             ("\n\nclass A:\n", False),
         ],
     )
-    def test_valid(self, script: dict[str, Any], written: str, valid: bool) -> None:
-        assert script["is_valid"](self.given, written) == valid
+    def test_valid(self, script: ModuleType, written: str, valid: bool) -> None:
+        assert script.is_valid(self.given, written) == valid
 
-    def test_real_functions_are_valid_and_are_what_the_file_says(self, script: dict[str, Any], tmp_path: Path) -> None:
-        import random
-
+    def test_real_functions_are_valid_and_are_what_the_file_says(self, script: ModuleType, tmp_path: Path) -> None:
         body = "    total = 0\n    for x in values:\n        total += x\n    return total\n"
         source = f"import os\n\n\ndef add(values):\n{body}\n\ndef short():\n    return 1\n"
         (tmp_path / "a.py").write_text(source)
         (tmp_path / "broken.py").write_text("def (:\n")
-        (function,) = script["functions"](tmp_path, random.Random(0))
+        (function,) = script.functions(tmp_path, random.Random(0))
         assert source.startswith(function.before + function.given + function.rest)
         assert function.given == "def add(values):\n    total = 0\n"
-        assert script["is_valid"](function.given, function.rest)
+        assert script.is_valid(function.given, function.rest)

@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import random
+import string
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from small_tokenizer import write_code_tokenizer
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 SOURCES = [
     f"def add_{name}(first, second):\n    total = first + second\n    return total + {i}\n\n\nprint(add_{name}({i}, 2))\n"
-    for i, name in enumerate(f"{a}{b}" for a in "abcdefgh" for b in "uvwxyz")
+    for i, name in enumerate(f"{a}{b}" for a in string.ascii_lowercase for b in string.ascii_lowercase)
 ]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Starcoder2Config, Starcoder2ForCausalLM
 
 from power_retention.conversion.convert import hard_swap
 from power_retention.errors import DataError
@@ -25,6 +25,7 @@ from power_retention.evaluation.generated import (
 from power_retention.evaluation.long.asking import SPARE_TOKENS, Effort
 from power_retention.evaluation.long.context import Encoder
 from power_retention.evaluation.long.readers import AttentionReader, StateReader
+from tiny_models import randomise
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "write_questions.py"
 
@@ -86,10 +87,30 @@ def test_no_question_or_no_file(tmp_path: Path) -> None:
         read_questions([tmp_path / "none.jsonl"])
 
 
-def test_answers_in_a_batch_are_those_that_the_model_gives_alone(stories_dir: Path) -> None:
+def sliding_window_model() -> Any:
+    torch.manual_seed(0)
+    return randomise(
+        Starcoder2ForCausalLM(
+            Starcoder2Config(
+                vocab_size=512, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                num_key_value_heads=2, max_position_embeddings=256, sliding_window=8, bos_token_id=1, eos_token_id=None,
+                pad_token_id=None, tie_word_embeddings=False,
+            )
+        ).eval()
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["stories", "stories swapped", "sliding window"])
+def test_answers_in_a_batch_are_those_that_the_model_gives_alone(kind: str, stories_dir: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(stories_dir)
     encoder = Encoder(tokenizer)
-    teacher = AutoModelForCausalLM.from_pretrained(stories_dir, dtype=torch.float32).eval()
+    if kind == "sliding window":
+        model = sliding_window_model()
+    else:
+        model = AutoModelForCausalLM.from_pretrained(stories_dir, dtype=torch.float32).eval()
+    if kind == "stories swapped":
+        model = hard_swap(model).eval()
+    reader = StateReader(model) if kind == "stories swapped" else AttentionReader(model)
     prompts = [
         "Once upon a time, there was a",
         "Tom and Lily went",
@@ -97,15 +118,14 @@ def test_answers_in_a_batch_are_those_that_the_model_gives_alone(stories_dir: Pa
         "One day, a cat",
     ]
     questions = [Free(prompt, ("x",), (" park",)) for prompt in prompts]
-    for model, kind in ((teacher, AttentionReader), (hard_swap(teacher).eval(), StateReader)):
-        got = generate_answers(kind(model), questions, encoder, Effort(1 << 12, 1 << 28))
-        for prompt, answer in zip(prompts, got, strict=True):
-            ids = torch.tensor([encoder.start + encoder("\n") + encoder(prompt)])
-            new = len(encoder.after(prompt, " park")) + SPARE_TOKENS
-            options: dict[str, Any] = {"max_new_tokens": new, "do_sample": False, "pad_token_id": 0}
-            alone = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
-            assert answer == tokenizer.decode(alone[0, ids.shape[1] :], skip_special_tokens=True)
-        assert len(set(got)) > 1
+    got = generate_answers(reader, questions, encoder, Effort(1 << 12, 1 << 28))
+    for prompt, answer in zip(prompts, got, strict=True):
+        ids = torch.tensor([encoder.start + encoder("\n") + encoder(prompt)])
+        new = len(encoder.after(prompt, " park")) + SPARE_TOKENS
+        options: dict[str, Any] = {"max_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+        alone = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        assert answer == tokenizer.decode(alone[0, ids.shape[1] :], skip_special_tokens=True)
+    assert len(set(got)) > 1
 
 
 def test_prompts_that_leave_no_room_are_refused(stories_dir: Path) -> None:

@@ -17,9 +17,9 @@ import torch
 from power_retention.errors import DataError
 from power_retention.evaluation.benchmarks import Benchmark
 from power_retention.evaluation.comparison import Scores
-from power_retention.evaluation.long.asking import Answer, Effort, ask
+from power_retention.evaluation.long.asking import SPARE_TOKENS, Answer, Effort, ask
 from power_retention.evaluation.long.context import Context, Encoder, Question
-from power_retention.evaluation.long.readers import Reader
+from power_retention.evaluation.long.readers import AttentionReader, Reader
 
 METRIC = "begins with an answer"
 _AT_ONCE = 64
@@ -122,14 +122,21 @@ def generate_answers(
     beginning = torch.tensor(encoder.start + encoder("\n"))
     answers: dict[str, str] = {}
     by_length = sorted(dict.fromkeys(questions), key=lengths.__getitem__)  # so that little is padded
-    for at in range(0, len(by_length), _AT_ONCE):
-        group = by_length[at : at + _AT_ONCE]
+    at_once = 1 if _window_is_short(reader, max(lengths.values())) else _AT_ONCE
+    for at in range(0, len(by_length), at_once):
+        group = by_length[at : at + at_once]
         context = Context("generated", lengths[group[-1]], 0, beginning, tuple(group))
         given: list[Answer] = ask(reader, [context], encoder, effort)
         answers |= {answer.question.text: answer.generated for answer in given}
         if progress:
             progress(at + len(group), len(by_length))
     return [answers[question.text] for question in questions]
+
+
+def _window_is_short(reader: Reader, tokens: int) -> bool:
+    """Whether padding would take the place of tokens in a cache that keeps the newest only."""
+    window = getattr(reader.model.config, "sliding_window", None)
+    return isinstance(reader, AttentionReader) and window is not None and tokens + SPARE_TOKENS >= window
 
 
 def _length(question: Free, encoder: Encoder) -> int:

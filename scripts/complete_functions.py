@@ -2,10 +2,10 @@
 
     python scripts/complete_functions.py MODEL FOLDER OUT.json [--count 100]
 
-Top-level functions of the Python files in FOLDER, cut after the first line of their body, are finished greedily, with as much
-room as the rest of them took and a dozen tokens more.  What is written up to the end of the function, or to its last whole
-line, is parsed together with what was given.  A function finished so is valid or not; it need not do what it should.  Printed
-are the share of valid ones, with standard errors, and how the real functions fare when they are cut at the same place.
+Top-level functions of the Python files in FOLDER, cut after the first statement of their body, are finished greedily, with
+as much room as the rest of them took and a dozen tokens more.  What is written up to the end of the function, or to its last
+whole line, is parsed together with what was given.  A function finished so is valid or not; it need not do what it should.
+Printed are the shares of valid ones, with standard errors; the real functions are among what is written.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def functions(folder: Path, rng: random.Random) -> Iterator[Function]:
         except (SyntaxError, ValueError):
             continue
         whole = [_function(text, node) for node in defined]
-        long = [function for function in whole if 3 <= function.rest.count("\n") <= 12]
+        long = [function for function in whole if 4 <= function.rest.count("\n") <= 13]
         if long:
             yield rng.choice(long)
 
@@ -61,7 +61,8 @@ def _function(text: str, node: ast.FunctionDef) -> Function:
     lines = text.splitlines(keepends=True)
     end = node.body[0].end_lineno or node.lineno
     before = "".join(lines[: node.lineno - 1])[-BEFORE:]
-    return Function(before, "".join(lines[node.lineno - 1 : end]), "".join(lines[end : node.end_lineno]))
+    given = "".join(lines[node.lineno - 1 : end]).removesuffix("\n")  # tokens of line ends have what follows them
+    return Function(before, given, "\n" + "".join(lines[end : node.end_lineno]))
 
 
 def is_valid(given: str, written: str) -> bool:

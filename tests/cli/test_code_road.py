@@ -82,18 +82,19 @@ def script() -> Iterator[ModuleType]:
 class TestFinishedFunctions:
     """What counts as Python."""
 
-    given = "def f(x):\n    y = x\n"
+    given = "def f(x):\n    y = x"
 
     @pytest.mark.parametrize(
         ("written", "valid"),
         [
-            ("    return y\n", True),
-            ("    return y\n\n\ndef g(:", True),  # what comes after the function is not looked at
-            ("    return y\n    if y", True),  # nor is a line that had no room to end
-            ("    return (y\n", False),
-            ("   return y\n", False),
-            ("    return y", False),  # no whole line
-            ("\n\nclass A:\n", False),
+            ("\n    return y\n", True),
+            ("\n    return y\n\n\ndef g(:", True),  # what comes after the function is not looked at
+            ("\n    return y\n    if y", True),  # nor is a line that had no room to end
+            ("\n    return (y\n", False),
+            ("\n   return y\n", False),
+            ("\n    return y", False),  # no whole line
+            ("\n\n\nclass A:\n", False),
+            (" y\n", False),
         ],
     )
     def test_valid(self, script: ModuleType, written: str, valid: bool) -> None:
@@ -106,5 +107,5 @@ class TestFinishedFunctions:
         (tmp_path / "broken.py").write_text("def (:\n")
         (function,) = script.functions(tmp_path, random.Random(0))
         assert source.startswith(function.before + function.given + function.rest)
-        assert function.given == "def add(values):\n    total = 0\n"
+        assert function.given == "def add(values):\n    total = 0"
         assert script.is_valid(function.given, function.rest)

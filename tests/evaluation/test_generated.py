@@ -161,6 +161,19 @@ def test_identifiers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert out.read_bytes() == first
 
 
+def test_brackets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree, out = tmp_path / "tree", tmp_path / "out.jsonl"
+    tree.mkdir()
+    whole = "x = (1, [2, 3], {4: ')'}, f(), (\n))\n"  # two close nothing but space, one stands in a string
+    (tree / "a.py").write_text(whole)
+    (tree / "none.py").write_text("x = 1\n")
+    questions = write_questions(monkeypatch, "brackets", tree, out, "--each", 9)
+    closed = {(question["prompt"][-3:], *question["answers"]) for question in questions}
+    assert closed == {(", 3", "]"), ("')'", "}"), ("(\n)", ")")}
+    assert all(whole.startswith(question["prompt"] + question["answers"][0]) for question in questions)
+    assert len(write_questions(monkeypatch, "brackets", tree, out)) == 1
+
+
 def test_squad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = [{"question": f"Who is {n}?", "answers": [{"text": n}, {"text": n}]} for n in ("Ann", "Bob", "Cid")]
     hopeless = [{"question": "Why?", "answers": []}] * 3

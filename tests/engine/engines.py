@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import llvmlite.binding.ffi
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from vllm import LLM, RequestOutput, SamplingParams
@@ -17,6 +18,10 @@ from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 import real_models
 import tiny_models
 from power_retention.models import BrumbyConfig, BrumbyForCausalLM, PowerCoderConfig, PowerCoderForCausalLM
+
+# An engine that starts looks for kernels in the __dict__ of everything in every module; for it, llvmlite's library (which
+# drafting loads) gives a function of that name, and vLLM stumbles over it.
+llvmlite.binding.ffi.lib._fntab["__dict__"] = {}
 
 VOCABULARY = 512
 LENGTHS = (1, 2, 65, 7, 64, 200, 33, 17, 128, 5, 63, 31)

@@ -230,8 +230,9 @@ class StateConnector(KVConnectorBase_V1, SupportsHMA):
         """States that have read the whole request, the tokens that were read, and those that there are."""
         layers = list(self.layers.values())
         base, seen = (int(layers[0].pages.record[save.page, place]) for place in (BASE, SEEN))
-        states = [layer.take(save.page) for layer in layers]
         wanted = base + save.tokens
+        untrue = max(0, seen - (wanted - 1))  # drafts that were rejected, or stand behind the end of the answer
+        states, seen = [layer.take(save.page, untrue) for layer in layers], seen - untrue
         if seen == wanted - 1:
             # The page may be a cached prefix by now: the last token is read in another.
             for layer, state in zip(layers, states, strict=True):

@@ -100,13 +100,14 @@ class EngineConfig(MambaModelConfig):
                 "use align."
             )
         fit_users(vllm_config)
+        fit_drafts(vllm_config)
         connect_states(vllm_config)
         keep_out_of_graphs(vllm_config)
 
 
 def refuse_unsupported(vllm_config: VllmConfig) -> None:
     """Raise an error for the first thing asked for that cannot be served right."""
-    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    model, parallel, speculation = vllm_config.model_config, vllm_config.parallel_config, vllm_config.speculative_config
     config: PowerRetentionConfig = model.hf_config
     rope_type = (config.rope_parameters or {}).get("rope_type", "default")
     reasons = {
@@ -116,8 +117,8 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
         > 0,
         f"rotary embeddings of type {rope_type!r} depend on a sequence's length, which its state cannot follow: serve it with "
         "transformers": rope_type in _ROPE_BY_LENGTH,
-        "speculative decoding is not supported yet: leave --speculative-config out": vllm_config.speculative_config
-        is not None,
+        "speculative decoding takes drafts from the text itself only: use "
+        '--speculative-config \'{"method": "ngram", …}\'': speculation is not None and speculation.method != "ngram",
         "LoRA adapters are not supported yet: merge the adapter into the model, and leave --enable-lora out": (
             vllm_config.lora_config is not None
         ),
@@ -139,6 +140,32 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
     for reason, applies in reasons.items():
         if applies:
             raise ArgumentError(f"{model.model}: {reason}.")
+
+
+def fit_drafts(vllm_config: VllmConfig) -> None:
+    """Make sure that every draft can be taken back: from the ring, and from prefixes that are kept."""
+    speculation, scheduler = vllm_config.speculative_config, vllm_config.scheduler_config
+    if speculation is None:
+        return
+    drafts, places = speculation.num_speculative_tokens, ServingOptions.of(vllm_config).fold_size
+    if drafts >= places:
+        raise ArgumentError(
+            f"num_speculative_tokens={drafts} drafts and the token before them do not fit beside a state with fold_size {places}: "
+            f"use at most {places - 1}, or a larger fold_size in --additional-config."
+        )
+    if vllm_config.use_v2_model_runner:
+        raise ArgumentError(
+            "Speculative decoding keeps one state a sequence, which vLLM's second model runner does not do: set "
+            "VLLM_USE_V2_MODEL_RUNNER=0."
+        )
+    if not vllm_config.cache_config.enable_prefix_caching:
+        return
+    if scheduler.scheduler_cls is not None:
+        raise ArgumentError(
+            "Speculative decoding with --enable-prefix-caching needs a scheduler of ours: leave --scheduler-cls out, or one of "
+            "the two."
+        )
+    scheduler.scheduler_cls = "power_retention.serving.vllm.scheduler.PageScheduler"
 
 
 def keep_out_of_graphs(vllm_config: VllmConfig) -> None:

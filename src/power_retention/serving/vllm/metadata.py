@@ -11,16 +11,46 @@ from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.attention.backends.mamba_attn import BaseMambaAttentionMetadata, BaseMambaAttentionMetadataBuilder
 
 
+@dataclass(frozen=True)
+class Ragged:
+    """Decoding rows of different lengths, side by side in a rectangle ``[R, T]`` of T = the longest.
+
+    Attributes:
+        token: int64 ``[R, T]``: which of the N decoding tokens stands there; any, where a row has ended.
+        there: ``[R, T]``: whether one does.
+        row, place: int64 ``[N]``: where in the rectangle each token stands.
+    """
+
+    token: Tensor
+    there: Tensor
+    row: Tensor
+    place: Tensor
+
+    @classmethod
+    def of(cls, borders: Tensor, device: torch.device) -> Ragged:
+        """Of ``[R + 1]`` places, on the CPU, at which the rows begin and the last ends."""
+        lengths, first = borders.diff().long(), borders[:-1].long()
+        within = torch.arange(int(lengths.max()))
+        row = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+        token = (first.unsqueeze(1) + within).clamp(max=int(borders[-1]) - 1)
+        parts = token, within < lengths.unsqueeze(1), row, torch.arange(len(row)) - first[row]
+        return cls(*(part.to(device, non_blocking=True) for part in parts))
+
+
 @dataclass
 class PowerRetentionMetadata(BaseMambaAttentionMetadata):
-    """Decoding rows come first, one token each; then the prompts, one after the other.
+    """Decoding rows come first, one token and its drafts each; then the prompts, one after the other.
 
     Attributes:
         prompt_borders: where each prompt begins among the prompts' tokens, and where the last ends; known without asking the
             device.
+        row_length: tokens of the longest decoding row.
+        ragged: how decoding rows stand among the tokens; None where all are as long.
     """
 
     prompt_borders: tuple[int, ...] = ()
+    row_length: int = 1
+    ragged: Ragged | None = None
 
     @classmethod
     def of_one_token(cls, page: int, device: torch.device) -> PowerRetentionMetadata:
@@ -56,11 +86,29 @@ class PowerRetentionMetadataBuilder(BaseMambaAttentionMetadataBuilder[PowerReten
         self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False, **more: Any
     ) -> PowerRetentionMetadata:
         """The rows of one step."""
+        if self.use_spec_decode:
+            # Only that there is such a count makes vLLM take drafts for decoding. How many were accepted our pages know.
+            more["num_accepted_tokens"] = common_attn_metadata.query_start_loc.diff()
         metadata: PowerRetentionMetadata = super().build(common_prefix_len, common_attn_metadata, fast_build, **more)
+        borders = common_attn_metadata.query_start_loc_cpu
+        if metadata.num_decodes and self.use_spec_decode:
+            metadata = self._with_drafts(metadata, borders[: metadata.num_decodes + 1])
         if not metadata.num_prefills:
             return metadata
-        borders = common_attn_metadata.query_start_loc_cpu[-metadata.num_prefills - 1 :]
-        return replace(metadata, prompt_borders=tuple((borders - metadata.num_decode_tokens).tolist()))
+        borders = borders[-metadata.num_prefills - 1 :] - metadata.num_decode_tokens
+        return replace(metadata, prompt_borders=tuple(borders.tolist()))
+
+    def _update_metadata_for_cudagraph_capture(self, metadata: PowerRetentionMetadata) -> PowerRetentionMetadata:
+        # One page a sequence: there are none for drafts, for which vLLM's buffer has columns.
+        pages = metadata.state_indices_tensor_d
+        return super()._update_metadata_for_cudagraph_capture(replace(metadata, state_indices_tensor_d=pages[:, :1]))
+
+    def _with_drafts(self, metadata: PowerRetentionMetadata, borders: Tensor) -> PowerRetentionMetadata:
+        lengths = borders.diff()
+        longest = int(lengths.max())
+        even = bool(((lengths == longest) | (lengths == 0)).all())  # of no length: what fills a graph
+        ragged = None if even else Ragged.of(borders, self.device)
+        return replace(metadata, row_length=longest, ragged=ragged)
 
 
 class PowerRetentionBackend(AttentionBackend):

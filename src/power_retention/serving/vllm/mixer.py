@@ -117,33 +117,82 @@ class PowerRetentionMixer(nn.Module, MambaBase):
         """Answer all tokens of a step into ``y``, and remember them."""
         decoding, prompts = metadata.num_decode_tokens, metadata.num_prefill_tokens
         if decoding:
-            slots = decoding_slots(metadata)
-            q_B1HD, k_B1HD, v_B1HD, g_B1H = (x[:decoding].unsqueeze(1) for x in (q, k, v, log_g))
-            y[:decoding] = self._decode(q_B1HD, k_B1HD, v_B1HD, g_B1H, slots).squeeze(1)
-            self.pages.record[slots.clamp(min=0).long(), SEEN] += 1
+            self._read_rows(q[:decoding], k[:decoding], v[:decoding], log_g[:decoding], y[:decoding], metadata)
         if prompts:
             assert metadata.query_start_loc_p is not None
             assert metadata.state_indices_tensor_p is not None
             fresh = ~continues(self.pages.record, metadata)
+            pages, ends = metadata.state_indices_tensor_p.long(), metadata.seq_lens[-metadata.num_prefills :]
+            untrue = rejected(self.pages.record, pages, ends, metadata.query_start_loc_p.diff())
             for first in range(0, metadata.num_prefills, PROMPTS_AT_ONCE):
                 group = slice(first, min(first + PROMPTS_AT_ONCE, metadata.num_prefills))
                 start, end = metadata.prompt_borders[group.start], metadata.prompt_borders[group.stop]
                 span = slice(decoding + start, decoding + end)
                 q_1THD, k_1THD, v_1THD, g_1TH = (x[span].unsqueeze(0) for x in (q, k, v, log_g))
                 borders = metadata.query_start_loc_p[group.start : group.stop + 1] - start
-                slots = metadata.state_indices_tensor_p[group].long()
-                y[span] = self._read_prompts(q_1THD, k_1THD, v_1THD, g_1TH, slots, borders, fresh[group]).squeeze(0)
+                rows = pages[group], borders, fresh[group], untrue[group]
+                y[span] = self._read_prompts(q_1THD, k_1THD, v_1THD, g_1TH, *rows).squeeze(0)
 
-    def _decode(self, q: Tensor, k: Tensor, v: Tensor, log_g: Tensor, slots: Tensor) -> Tensor:
+    def _read_rows(
+        self, q: Tensor, k: Tensor, v: Tensor, log_g: Tensor, y: Tensor, metadata: PowerRetentionMetadata
+    ) -> None:
+        """Decoding rows, ``[N, …]``: tokens and their drafts, after the last step's rejected drafts are taken back."""
+        slots, ragged, record = decoding_slots(metadata), metadata.ragged, self.pages.record
+        pages, borders = slots.clamp(min=0).long(), metadata.query_start_loc_d
+        read: Tensor | int = 1
+        untrue = None
+        if borders is not None:  # there may be drafts
+            lengths = borders.diff()[: len(slots)]
+            untrue = rejected(record, pages, metadata.seq_lens[: len(slots)], lengths).masked_fill(slots < 0, 0)
+            read = lengths - untrue
+        if ragged is None:
+            q, k, v, log_g = (x.unflatten(0, (-1, metadata.row_length)) for x in (q, k, v, log_g))
+            y.copy_(self._decode(q, k, v, log_g, slots, untrue).flatten(0, 1))
+        else:
+            q, k, v, log_g = (x[ragged.token] for x in (q, k, v, log_g))
+            y.copy_(self._decode(q, k, v, log_g, slots, untrue, ragged.there)[ragged.row, ragged.place])
+        record[pages, SEEN] += read
+
+    def _decode(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_g: Tensor,
+        slots: Tensor,
+        untrue: Tensor | None = None,
+        there: Tensor | None = None,
+    ) -> Tensor:
+        """``[R, T, …]`` tokens of R rows, T ≤ L.
+
+        Args:
+            q, k, v, log_g: of the tokens.
+            slots: ``[R]``, their pages; negative where a row is none.
+            untrue: ``[R]``, how many of the newest tokens of each page are to be taken back first, at most L.
+            there: ``[R, T]``: False behind the end of a row.
+        """
         ring = self.pages.ring
         # A kernel wants the cursors of all pages side by side.
         beside = replace(ring, cursor=ring.cursor.contiguous())
-        y = power_retention_decode(q, k, v, log_g, beside, slot_indices=slots)
+        pages = slots.clamp(min=0)
+        if untrue is not None:
+            beside.roll_back(untrue, pages, check=False)
+        y = power_retention_decode(q, k, v, log_g, beside, slot_indices=slots, mask=there)
+        if there is not None:
+            beside.roll_back((~there).sum(-1).masked_fill(slots < 0, 0), pages, check=False)
         ring.cursor.copy_(beside.cursor)
         return y
 
     def _read_prompts(
-        self, q: Tensor, k: Tensor, v: Tensor, log_g: Tensor, slots: Tensor, borders: Tensor, fresh: Tensor
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_g: Tensor,
+        slots: Tensor,
+        borders: Tensor,
+        fresh: Tensor,
+        untrue: Tensor,
     ) -> Tensor:
         """Prompts, or pieces of them, packed along T: every token goes into the state, and rings are left empty.
 
@@ -152,9 +201,11 @@ class PowerRetentionMixer(nn.Module, MambaBase):
             slots: ``[R]``, the pages of R prompts.
             borders: ``[R + 1]``, where each begins.
             fresh: ``[R]``, which of them have no past.
+            untrue: ``[R]``, how many of the newest tokens in the pages of the others are to be taken back first.
         """
         ring, record = self.pages.ring, self.pages.record
         before = ring.select(slots)
+        before.roll_back(untrue, check=False)
         # Pages are handed on as their last owner left them, and what stands there may be anything.
         before.cursor.masked_fill_(fresh.view(-1, 1, 1), 0)
         before.normalizer.masked_fill_(fresh.view(-1, 1, 1), 0)
@@ -168,7 +219,7 @@ class PowerRetentionMixer(nn.Module, MambaBase):
         y, after = out
         self._store(slots, after)
         record[slots] = record[slots].masked_fill(fresh.unsqueeze(-1), 0)
-        record[slots, SEEN] += borders.diff()
+        record[slots, SEEN] += borders.diff() - untrue.masked_fill(fresh, 0)
         record[slots, LOADED] = 0
         return y
 
@@ -195,9 +246,11 @@ class PowerRetentionMixer(nn.Module, MambaBase):
         for place, value in ((BASE, tokens_seen), (SEEN, tokens_seen), (LOADED, 1)):
             record[slot, place] = value
 
-    def take(self, slot: int) -> PowerState:
-        """Everything that the request of a page has read; a copy ``[1, H, …]``."""
-        return self.pages.ring.select(torch.tensor([slot], device=self.pages.record.device)).to_state()
+    def take(self, slot: int, untrue: int = 0) -> PowerState:
+        """Everything that the request of a page has read but for its newest ``untrue`` tokens; a copy ``[1, H, …]``."""
+        ring = self.pages.ring.select(torch.tensor([slot], device=self.pages.record.device))
+        ring.roll_back(untrue)
+        return ring.to_state()
 
     # ── what vLLM asks a layer with states ───────────────────────────────────────────────────────────────────────────
 
@@ -219,8 +272,22 @@ class PowerRetentionMixer(nn.Module, MambaBase):
 def decoding_slots(metadata: PowerRetentionMetadata) -> Tensor:
     """``[rows]`` pages of the decoding rows, −1 where a row is filling: the first page belongs to nobody."""
     assert metadata.state_indices_tensor_d is not None
-    slots = metadata.state_indices_tensor_d[: metadata.num_decode_tokens, 0]
+    rows = metadata.num_decodes if metadata.ragged else metadata.num_decode_tokens // metadata.row_length
+    slots = metadata.state_indices_tensor_d[:rows, 0]
     return torch.where(slots > 0, slots, -1)
+
+
+def rejected(record: Tensor, pages: Tensor, ends: Tensor, lengths: Tensor) -> Tensor:
+    """``[R]``: how many of the newest tokens in each page were drafts that nobody accepted.
+
+    Args:
+        record: of all pages.
+        pages: ``[R]``.
+        ends: ``[R]``: tokens that each request will have read after this step.
+        lengths: ``[R]``: how many of them it reads in this step.
+    """
+    read: Tensor = record[pages, SEEN] - record[pages, BASE]
+    return read - (ends - lengths)
 
 
 def continues(record: Tensor, metadata: PowerRetentionMetadata) -> Tensor:
@@ -260,7 +327,8 @@ def _positions(positions: Tensor, shifted: Tensor, layer_name: str) -> None:
         return
     record, decoding, prompts = layer.pages.record, metadata.num_decode_tokens, metadata.num_prefill_tokens
     if decoding:
-        shifted[:decoding] += record[decoding_slots(metadata).clamp(min=0).long(), BASE]
+        base, ragged = record[decoding_slots(metadata).clamp(min=0).long(), BASE], metadata.ragged
+        shifted[:decoding] += base.repeat_interleave(metadata.row_length) if ragged is None else base[ragged.row]
     if prompts:
         slots, borders = metadata.state_indices_tensor_p, metadata.query_start_loc_p
         assert slots is not None

@@ -14,6 +14,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from vllm.config import VllmConfig
 from vllm.exceptions import VLLMValidationError
+from vllm.triton_utils import HAS_TRITON
 
 from power_retention.errors import ArgumentError, PowerRetentionError
 from power_retention.models.fingerprint import fingerprint_folder
@@ -67,6 +68,7 @@ def install() -> None:
         request = original(self, *args, **kwargs)
         if self.vllm_config.model_config.architecture in ARCHITECTURES:
             try:
+                check_sampling(self.vllm_config, request.sampling_params)
                 admit(self.vllm_config, request)
             except PowerRetentionError as error:  # which servers answer with the status 400
                 raise VLLMValidationError(str(error)) from error
@@ -74,6 +76,16 @@ def install() -> None:
 
     process_inputs.looks_at_states = True  # type: ignore[attr-defined]
     InputProcessor.process_inputs = process_inputs
+
+
+def check_sampling(vllm_config: VllmConfig, params: Any) -> None:
+    """Refuse what vLLM itself draws wrongly: beside drafts, its substitutes for Triton's kernels lose the temperatures."""
+    if vllm_config.speculative_config is None or HAS_TRITON or params is None or params.temperature == 0:
+        return
+    raise ArgumentError(
+        f"With speculative decoding vLLM's CPU build cannot draw answers by chance (temperature={params.temperature}): ask with "
+        "temperature 0, or serve without --speculative-config."
+    )
 
 
 def admit(vllm_config: VllmConfig, request: Any) -> None:

@@ -115,8 +115,6 @@ def test_several_answers(start: Callable[..., LLM], folder_of: Callable[..., Pat
 @pytest.mark.parametrize(
     ("changes", "options", "sentence"),
     [
-        ({}, {"enable_lora": True}, "LoRA adapters are not supported"),
-        ({}, {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}}, "speculative"),
         ({}, {"kv_cache_dtype": "fp8"}, "--kv-cache-dtype"),
         ({}, {"additional_config": {"power_retention": {"stats": "x"}}}, "may hold fold_size"),
         ({}, {"additional_config": {"power_retention": {"state_dtype": "float16"}}}, "state_dtype must be one of"),

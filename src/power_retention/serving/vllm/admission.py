@@ -14,6 +14,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from vllm.config import VllmConfig
 from vllm.exceptions import VLLMValidationError
+from vllm.platforms import current_platform
 from vllm.triton_utils import HAS_TRITON
 
 from power_retention.errors import ArgumentError, PowerRetentionError
@@ -68,7 +69,7 @@ def install() -> None:
         request = original(self, *args, **kwargs)
         if self.vllm_config.model_config.architecture in ARCHITECTURES:
             try:
-                check_sampling(self.vllm_config, request.sampling_params)
+                check_platform(self.vllm_config, request)
                 admit(self.vllm_config, request)
             except PowerRetentionError as error:  # which servers answer with the status 400
                 raise VLLMValidationError(str(error)) from error
@@ -78,14 +79,23 @@ def install() -> None:
     InputProcessor.process_inputs = process_inputs
 
 
-def check_sampling(vllm_config: VllmConfig, params: Any) -> None:
-    """Refuse what vLLM itself draws wrongly: beside drafts, its substitutes for Triton's kernels lose the temperatures."""
-    if vllm_config.speculative_config is None or HAS_TRITON or params is None or params.temperature == 0:
-        return
-    raise ArgumentError(
-        f"With speculative decoding vLLM's CPU build cannot draw answers by chance (temperature={params.temperature}): ask with "
-        "temperature 0, or serve without --speculative-config."
-    )
+def check_platform(vllm_config: VllmConfig, request: Any) -> None:
+    """Refuse what vLLM itself answers wrongly on a CPU.
+
+    Its substitutes for Triton's kernels lose the temperatures of requests with drafts, and its sums over adapters take the last
+    adapter for requests that have none.
+    """
+    params, drafts = request.sampling_params, vllm_config.speculative_config is not None
+    if drafts and not HAS_TRITON and params is not None and params.temperature > 0:
+        raise ArgumentError(
+            f"With speculative decoding vLLM's CPU build cannot draw answers by chance (temperature={params.temperature}): ask "
+            "with temperature 0, or serve without --speculative-config."
+        )
+    if vllm_config.lora_config is not None and request.lora_request is None and current_platform.is_cpu():
+        raise ArgumentError(
+            "With --enable-lora vLLM's CPU build cannot answer without an adapter: name one as the model, or serve the model "
+            "alone."
+        )
 
 
 def admit(vllm_config: VllmConfig, request: Any) -> None:

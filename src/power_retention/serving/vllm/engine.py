@@ -119,9 +119,6 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
         "transformers": rope_type in _ROPE_BY_LENGTH,
         "speculative decoding takes drafts from the text itself only: use "
         '--speculative-config \'{"method": "ngram", …}\'': speculation is not None and speculation.method != "ngram",
-        "LoRA adapters are not supported yet: merge the adapter into the model, and leave --enable-lora out": (
-            vllm_config.lora_config is not None
-        ),
         "quantised weights are not supported yet: serve the model in bfloat16": vllm_config.model_config.quantization
         is not None,
         "--pipeline-parallel-size is not supported: share the heads among GPUs with --tensor-parallel-size": (
@@ -185,6 +182,10 @@ def connect_states(vllm_config: VllmConfig) -> None:
     if vllm_config.parallel_config.data_parallel_size > 1:
         raise ArgumentError(
             "Named states are not shared among the engines of --data-parallel-size: start one server a GPU on one folder."
+        )
+    if vllm_config.lora_config is not None:
+        raise ArgumentError(
+            "Named states are of the model without adapters: leave --enable-lora out, or states in --additional-config."
         )
     has_keys = bool(os.environ.get("VLLM_API_KEY")) or any(word.startswith("--api-key") for word in sys.argv)
     if has_keys and not any(_MIDDLEWARE in word for word in sys.argv):

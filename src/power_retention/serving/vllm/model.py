@@ -20,6 +20,7 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.interfaces import (
     HasInnerState,
     IsAttentionFree,
+    SupportsLoRA,
     SupportsMambaPrefixCaching,
 )
 from vllm.model_executor.models.utils import maybe_prefix
@@ -170,7 +171,7 @@ class PowerRetentionModel(nn.Module):
         return normed  # type: ignore[no-any-return]
 
 
-class PowerRetentionForCausalLM(nn.Module, HasInnerState, IsAttentionFree, SupportsMambaPrefixCaching):
+class PowerRetentionForCausalLM(nn.Module, HasInnerState, IsAttentionFree, SupportsLoRA, SupportsMambaPrefixCaching):
     """Every dense model of :class:`power_retention.models.PowerRetentionConfig`, published formats included."""
 
     packed_modules_mapping: ClassVar[dict[str, list[str]]] = PACKED

@@ -6,6 +6,7 @@ import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import engines
 import pytest
@@ -19,8 +20,11 @@ from vllm.lora.request import LoRARequest
 from power_retention.errors import ArgumentError
 
 MIXER = ("q_proj", "k_proj", "v_proj", "g_proj", "o_proj")
-MODELS = {"llama": ({"qkv_bias": True}, ("gate_proj", "up_proj", "down_proj")),
-          "powercoder": ({"published": "powercoder"}, ("c_fc", "c_proj"))}  # fmt: skip
+DRAFTS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 2}
+MODELS: dict[str, tuple[dict[str, Any], tuple[str, ...], dict[str, Any]]] = {
+    "llama": ({"qkv_bias": True}, ("gate_proj", "up_proj", "down_proj"), {"speculative_config": DRAFTS}),
+    "powercoder": ({"published": "powercoder"}, ("c_fc", "c_proj"), {}),
+}
 
 
 @torch.no_grad()
@@ -31,7 +35,10 @@ def write_adapter(folder: Path, base: PreTrainedModel, rank: int, parts: tuple[s
         if name.split(".")[-1] in parts:
             inner = torch.randn(rank, module.in_features, generator=generator) / module.in_features**0.5
             outer = torch.randn(module.out_features, rank, generator=generator) / rank
-            tensors |= {f"base_model.model.{name}.lora_A.weight": inner, f"base_model.model.{name}.lora_B.weight": outer}
+            tensors |= {
+                f"base_model.model.{name}.lora_A.weight": inner,
+                f"base_model.model.{name}.lora_B.weight": outer,
+            }
             module.weight += 0.5 * outer @ inner
     folder.mkdir()
     save_file(tensors, folder / "adapter_model.safetensors")
@@ -44,14 +51,15 @@ def write_adapter(folder: Path, base: PreTrainedModel, rank: int, parts: tuple[s
 def test_two_adapters_in_one_batch(
     model: str, tmp_path: Path, start: Callable[..., LLM], folder_of: Callable[..., Path]
 ) -> None:
-    changes, mlp = MODELS[model]
+    changes, mlp, more = MODELS[model]
     base = engines.open_model(folder_of(**changes))
     merged = [
         write_adapter(tmp_path / "whole", base, 4, MIXER + mlp),
         write_adapter(tmp_path / "queries", base, 8, ("q_proj",)),
     ]
     adapters = [LoRARequest(name, i + 1, str(tmp_path / name)) for i, name in enumerate(("whole", "queries"))]
-    engine = start(folder_of(**changes), enable_lora=True, max_loras=2, enable_prefix_caching=True, block_size=16)
+    options = {"enable_lora": True, "max_loras": 2, "enable_prefix_caching": True, "block_size": 16}
+    engine = start(folder_of(**changes), **options, **more)
     prompts = [{"prompt_token_ids": prompt} for prompt in engines.prompts_of(engines.LENGTHS[:8]) for _ in range(2)]
     for cached in (0, 192):
         outputs = engine.generate(prompts, engines.sampling(20), lora_request=adapters * 8, use_tqdm=False)
@@ -64,7 +72,9 @@ def test_two_adapters_in_one_batch(
         engines.generate(engine, [[5]])
 
 
-def test_named_states_are_of_no_adapter(tmp_path: Path, start: Callable[..., LLM], folder_of: Callable[..., Path]) -> None:
+def test_named_states_are_of_no_adapter(
+    tmp_path: Path, start: Callable[..., LLM], folder_of: Callable[..., Path]
+) -> None:
     options = {"power_retention": {"states": str(tmp_path)}}
     with pytest.raises((ArgumentError, ValueError), match="of the model without adapters"):
         start(folder_of(), enable_lora=True, additional_config=options)

@@ -83,7 +83,9 @@ def test_conversations_with_drafts(start: Callable[..., LLM], folder_of: Callabl
             for history, output in zip(histories, outputs, strict=True):
                 assert (output.num_cached_tokens or 0) >= len(history) - 9 - 1 - 16
         news = engines.prompts_of((9, 9, 9), seed=turn)
-        histories = [history + answer + new for history, answer, new in zip(histories, tokens_of(outputs), news, strict=True)]
+        histories = [
+            history + answer + new for history, answer, new in zip(histories, tokens_of(outputs), news, strict=True)
+        ]
     assert min(counts(engine)) > 50
 
 
@@ -121,7 +123,9 @@ def test_saved_without_drafts_that_were_rejected(
     read = book + list(cut.outputs[0].token_ids)
     cache = PowerRetentionCache.load(directory.path_of("cut"), model)
     logits = model(torch.tensor([question]), past_key_values=cache).logits
-    torch.testing.assert_close(logits, model(torch.tensor([read + question])).logits[:, len(read) :], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        logits, model(torch.tensor([read + question])).logits[:, len(read) :], rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize(
@@ -129,7 +133,10 @@ def test_saved_without_drafts_that_were_rejected(
     [
         (ngram(16), "do not fit beside a state with fold_size 16: use at most 15"),
         ({"speculative_config": {"method": "ngram_gpu", "num_speculative_tokens": 3}}, "from the text itself only"),
-        (ngram(enable_prefix_caching=True, scheduler_cls="vllm.v1.core.sched.scheduler.Scheduler"), "scheduler of ours"),
+        (
+            ngram(enable_prefix_caching=True, scheduler_cls="vllm.v1.core.sched.scheduler.Scheduler"),
+            "scheduler of ours",
+        ),
     ],
 )
 def test_refused_in_a_sentence(

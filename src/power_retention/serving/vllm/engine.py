@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from vllm.config import CUDAGraphMode, KVTransferConfig, VllmConfig
+from vllm.config import CUDAGraphMode, KVTransferConfig, ModelConfig, VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import MambaModelConfig
 from vllm.platforms import current_platform
@@ -33,6 +33,7 @@ OVERHEAD = 1.5e9
 """Bytes that libraries and graphs take beside a model, a guess on the safe side."""
 
 _MIDDLEWARE = "power_retention.serving.vllm.http.States"
+_QUANTISED = ("compressed-tensors", "gptq", "auto_gptq", "gptq_marlin", "awq", "auto_awq", "awq_marlin")
 _ROPE_BY_LENGTH = ("dynamic", "longrope")
 
 
@@ -119,8 +120,8 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
         "transformers": rope_type in _ROPE_BY_LENGTH,
         "speculative decoding takes drafts from the text itself only: use "
         '--speculative-config \'{"method": "ngram", …}\'': speculation is not None and speculation.method != "ngram",
-        "quantised weights are not supported yet: serve the model in bfloat16": vllm_config.model_config.quantization
-        is not None,
+        f"weights quantised as {model.quantization} are not supported: quantise them with compressed-tensors, GPTQ or AWQ, or "
+        "serve the model in bfloat16": model.quantization not in (None, *_QUANTISED),
         "--pipeline-parallel-size is not supported: share the heads among GPUs with --tensor-parallel-size": (
             parallel.pipeline_parallel_size > 1
         ),
@@ -147,8 +148,8 @@ def fit_drafts(vllm_config: VllmConfig) -> None:
     drafts, places = speculation.num_speculative_tokens, ServingOptions.of(vllm_config).fold_size
     if drafts >= places:
         raise ArgumentError(
-            f"num_speculative_tokens={drafts} drafts and the token before them do not fit beside a state with fold_size {places}: "
-            f"use at most {places - 1}, or a larger fold_size in --additional-config."
+            f"num_speculative_tokens={drafts} drafts and the token before them do not fit beside a state with fold_size "
+            f"{places}: use at most {places - 1}, or a larger fold_size in --additional-config."
         )
     if vllm_config.use_v2_model_runner:
         raise ArgumentError(
@@ -247,7 +248,13 @@ def memory_for_states(vllm_config: VllmConfig) -> float:
         return float(os.environ["VLLM_CPU_KVCACHE_SPACE"]) * (1 << 30)
     workers = vllm_config.parallel_config.tensor_parallel_size
     total: float = current_platform.get_device_total_memory() * cache.gpu_memory_utilization
-    weights = count_parameters(model.hf_config) * model.dtype.itemsize / workers
+    weights = bytes_of_weights(model) / workers
     width = max(model.hf_config.vocab_size, 8 * model.hf_config.hidden_size, 4 * model.hf_config.intermediate_size)
     activations = 4.0 * vllm_config.scheduler_config.max_num_batched_tokens * width / workers
     return float(0.97 * (total - weights - activations - OVERHEAD))
+
+
+def bytes_of_weights(model: ModelConfig) -> float:
+    """What a model's weights take on all workers together: of quantised ones, what their files do."""
+    files = Path(model.model).glob("model*.safetensors") if model.quantization is not None else ()
+    return sum(file.stat().st_size for file in files) or count_parameters(model.hf_config) * model.dtype.itemsize

@@ -100,8 +100,9 @@ class PowerRetentionMetadataBuilder(BaseMambaAttentionMetadataBuilder[PowerReten
 
     def _update_metadata_for_cudagraph_capture(self, metadata: PowerRetentionMetadata) -> PowerRetentionMetadata:
         # One page a sequence: there are none for drafts, for which vLLM's buffer has columns.
-        pages = metadata.state_indices_tensor_d
-        return super()._update_metadata_for_cudagraph_capture(replace(metadata, state_indices_tensor_d=pages[:, :1]))
+        metadata.state_indices_tensor_d = metadata.state_indices_tensor_d[:, :1]
+        narrowed: PowerRetentionMetadata = super()._update_metadata_for_cudagraph_capture(metadata)
+        return narrowed
 
     def _with_drafts(self, metadata: PowerRetentionMetadata, borders: Tensor) -> PowerRetentionMetadata:
         lengths = borders.diff()

@@ -223,9 +223,9 @@ class PowerRetentionForCausalLM(nn.Module, HasInnerState, IsAttentionFree, Suppo
                 continue
             place, shard = _place_of(name)
             if place not in parameters:
-                raise SourceError(
-                    f"The weight {name!r} has no place in this model: its config.json describes another one."
-                )
+                if self.vllm_config.quant_config is not None and _says_nothing(name, weight):
+                    continue
+                raise SourceError(_why_no_place(name))
             parameter = parameters[place]
             load = getattr(parameter, "weight_loader", default_weight_loader)
             load(parameter, weight) if shard is None else load(parameter, weight, shard)
@@ -249,6 +249,23 @@ class PowerRetentionForCausalLM(nn.Module, HasInnerState, IsAttentionFree, Suppo
     def get_mamba_state_copy_func(cls) -> tuple[Any, ...]:
         """Every part of a page is copied as it is."""
         return (get_temporal_copy_spec,) * 8
+
+
+def _says_nothing(name: str, weight: Tensor) -> bool:
+    """Whether a tensor is one that GPTQ's tools add to every layer: groups in their natural order, a bias of zeros."""
+    if name.endswith(".g_idx"):
+        return bool((weight.diff() >= 0).all())
+    return name.endswith(".bias") and not bool(weight.any())
+
+
+def _why_no_place(name: str) -> str:
+    if ".g_proj." in name:
+        return (
+            f"The gates' projection is quantised ({name!r}) and should stay as it is: leave g_proj out when quantising."
+        )
+    if name.endswith(".g_idx"):
+        return f"{name!r} reorders the groups of a weight, which is not supported: quantise with desc_act=False."
+    return f"The weight {name!r} has no place in this model: its config.json describes another one."
 
 
 def _place_of(name: str) -> tuple[str, Any]:

@@ -60,9 +60,9 @@ def test_two_adapters_in_one_batch(
     adapters = [LoRARequest(name, i + 1, str(tmp_path / name)) for i, name in enumerate(("whole", "queries"))]
     options = {"enable_lora": True, "max_loras": 2, "enable_prefix_caching": True, "block_size": 16}
     engine = start(folder_of(**changes), **options, **more)
-    prompts = [{"prompt_token_ids": prompt} for prompt in engines.prompts_of(engines.LENGTHS[:8]) for _ in range(2)]
+    prompts = [{"prompt_token_ids": prompt} for prompt in engines.prompts_of(engines.LENGTHS[:6]) for _ in range(2)]
     for cached in (0, 192):
-        outputs = engine.generate(prompts, engines.sampling(20), lora_request=adapters * 8, use_tqdm=False)
+        outputs = engine.generate(prompts, engines.sampling(12), lora_request=adapters * 6, use_tqdm=False)
         for i, expected in enumerate(merged):
             assert engines.distance(expected, outputs[i::2]) < engines.CLOSE
             # What one adapter read of a prompt is nothing to the other.

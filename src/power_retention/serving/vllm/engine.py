@@ -141,7 +141,7 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
 
 
 def fit_drafts(vllm_config: VllmConfig) -> None:
-    """Make sure that every draft can be taken back: from the ring, and from prefixes that are kept."""
+    """Make sure that every draft can be taken back: that it stands in a ring."""
     speculation, scheduler = vllm_config.speculative_config, vllm_config.scheduler_config
     if speculation is None:
         return
@@ -156,23 +156,23 @@ def fit_drafts(vllm_config: VllmConfig) -> None:
             "Speculative decoding keeps one state a sequence, which vLLM's second model runner does not do: set "
             "VLLM_USE_V2_MODEL_RUNNER=0."
         )
-    if not vllm_config.cache_config.enable_prefix_caching:
-        return
     if scheduler.scheduler_cls is not None:
-        raise ArgumentError(
-            "Speculative decoding with --enable-prefix-caching needs a scheduler of ours: leave --scheduler-cls out, or one of "
-            "the two."
-        )
-    scheduler.scheduler_cls = "power_retention.serving.vllm.scheduler.PageScheduler"
+        raise ArgumentError("Speculative decoding needs a scheduler of ours: leave --scheduler-cls out.")
+    scheduler.scheduler_cls = "power_retention.serving.vllm.scheduler.DraftScheduler"
 
 
 def keep_out_of_graphs(vllm_config: VllmConfig) -> None:
-    """Where decoding has no kernel, its plain form looks at values, which no CUDA graph of a whole step allows."""
+    """Keep out of CUDA graphs of whole steps what they do not allow.
+
+    Where decoding has no kernel, its plain form looks at values.  With drafts, rows differ in length; and where by chance they
+    do not, vLLM would take a fresh prompt of that length for one of them.
+    """
     model = vllm_config.model_config
     config: PowerRetentionConfig = model.hf_config
     folds = ServingOptions.of(vllm_config).fold_size
     has_kernel = config.power == 2 and (config.head_dim or 0) <= WIDEST_KERNEL and folds <= LONGEST_FOLD
-    if not has_kernel and not model.enforce_eager and current_platform.is_cuda():
+    as_graphs = has_kernel and vllm_config.speculative_config is None
+    if not as_graphs and not model.enforce_eager and current_platform.is_cuda():
         vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.PIECEWISE
 
 

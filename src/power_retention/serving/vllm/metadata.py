@@ -98,12 +98,6 @@ class PowerRetentionMetadataBuilder(BaseMambaAttentionMetadataBuilder[PowerReten
         borders = borders[-metadata.num_prefills - 1 :] - metadata.num_decode_tokens
         return replace(metadata, prompt_borders=tuple(borders.tolist()))
 
-    def _update_metadata_for_cudagraph_capture(self, metadata: PowerRetentionMetadata) -> PowerRetentionMetadata:
-        # One page a sequence: there are none for drafts, for which vLLM's buffer has columns.
-        metadata.state_indices_tensor_d = metadata.state_indices_tensor_d[:, :1]
-        narrowed: PowerRetentionMetadata = super()._update_metadata_for_cudagraph_capture(metadata)
-        return narrowed
-
     def _with_drafts(self, metadata: PowerRetentionMetadata, borders: Tensor) -> PowerRetentionMetadata:
         lengths = borders.diff()
         longest = int(lengths.max())

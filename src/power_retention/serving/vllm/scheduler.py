@@ -18,6 +18,8 @@ from vllm.v1.core.sched.scheduler import Scheduler
 class DraftScheduler(Scheduler):  # type: ignore[misc]
     """Leaves away drafts that could not be taken back."""
 
+    dynamic_sd_lookup: list[int] | None
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.dynamic_sd_lookup is None:

@@ -222,6 +222,10 @@ class PowerRetentionForCausalLM(nn.Module, HasInnerState, IsAttentionFree, Suppo
             if name == "lm_head.weight" and self.config.tie_word_embeddings:
                 continue
             place, shard = _place_of(name)
+            if name.endswith(".g_idx") and bool((weight.diff() < 0).any()):
+                raise SourceError(
+                    f"{name!r} reorders the groups of a weight, which is not supported: quantise with desc_act=False."
+                )
             if place not in parameters:
                 if self.vllm_config.quant_config is not None and _says_nothing(name, weight):
                     continue
@@ -253,9 +257,7 @@ class PowerRetentionForCausalLM(nn.Module, HasInnerState, IsAttentionFree, Suppo
 
 def _says_nothing(name: str, weight: Tensor) -> bool:
     """Whether a tensor is one that GPTQ's tools add to every layer: groups in their natural order, a bias of zeros."""
-    if name.endswith(".g_idx"):
-        return bool((weight.diff() >= 0).all())
-    return name.endswith(".bias") and not bool(weight.any())
+    return name.endswith(".g_idx") or (name.endswith(".bias") and not bool(weight.any()))
 
 
 def _why_no_place(name: str) -> str:
@@ -263,8 +265,6 @@ def _why_no_place(name: str) -> str:
         return (
             f"The gates' projection is quantised ({name!r}) and should stay as it is: leave g_proj out when quantising."
         )
-    if name.endswith(".g_idx"):
-        return f"{name!r} reorders the groups of a weight, which is not supported: quantise with desc_act=False."
     return f"The weight {name!r} has no place in this model: its config.json describes another one."
 
 

@@ -64,6 +64,8 @@ def stop(engines: list[LLM]) -> None:
         gc.collect()
         with contextlib.suppress(AssertionError):
             cleanup_dist_env_and_memory()
+    # Older versions leave theirs behind where a model could not be loaded.
+    torch.set_default_dtype(torch.float32)
 
 
 @cache

@@ -51,6 +51,13 @@ def test_many_prompts_in_one_step(start: Callable[..., LLM], folder_of: Callable
     assert engines.distance(engines.open_model(folder_of()), outputs) < engines.CLOSE
 
 
+def test_prompts_of_one_token_on_pages_of_others(start: Callable[..., LLM], folder_of: Callable[..., Path]) -> None:
+    """Steps of one token a request, in which some begin: to vLLM they have the shape of decoding."""
+    engine = start(folder_of(), max_num_seqs=3)
+    outputs = engines.generate(engine, engines.prompts_of([1, 9, 1, 1, 1, 4, 1, 1, 1, 1, 1, 1]), 6)
+    assert engines.distance(engines.open_model(folder_of()), outputs) < engines.CLOSE
+
+
 def test_a_real_model_converted(start: Callable[..., LLM], stories_dir: Path, tmp_path: Path) -> None:
     source = open_source(stories_dir)
     ids = tokenize([sample_text()], source.tokenizer, max_tokens=1024).ids

@@ -89,7 +89,15 @@ class PowerRetentionMetadataBuilder(BaseMambaAttentionMetadataBuilder[PowerReten
         if self.use_spec_decode:
             # Only that there is such a count makes vLLM take drafts for decoding. How many were accepted our pages know.
             more["num_accepted_tokens"] = common_attn_metadata.query_start_loc.diff()
+            begun = None
+        else:
+            common_attn_metadata, begun = one_token_each(common_attn_metadata)
         metadata: PowerRetentionMetadata = super().build(common_prefix_len, common_attn_metadata, fast_build, **more)
+        if begun is not None:
+            assert metadata.state_indices_tensor_d is not None
+            pages = metadata.state_indices_tensor_d[begun.to(self.device), 0].long()
+            for name in self.layer_names:
+                self.vllm_config.compilation_config.static_forward_context[name].begin(pages)
         borders = common_attn_metadata.query_start_loc_cpu
         if metadata.num_decodes and self.use_spec_decode:
             metadata = self._with_drafts(metadata, borders[: metadata.num_decodes + 1])
@@ -104,6 +112,21 @@ class PowerRetentionMetadataBuilder(BaseMambaAttentionMetadataBuilder[PowerReten
         even = bool(((lengths == longest) | (lengths == 0)).all())  # of no length: what fills a graph
         ragged = None if even else Ragged.of(borders, self.device)
         return replace(metadata, row_length=longest, ragged=ragged)
+
+
+def one_token_each(common: Any) -> tuple[Any, Tensor | None]:
+    """A step of one token a request is one of decoding, also where a prompt begins with it.
+
+    vLLM replays the graph of a decoding step wherever the numbers of tokens fit, whatever the metadata says.
+
+    Returns:
+        The step, and which rows begin: their pages are to be emptied. None where none does.
+    """
+    prefilling = common.is_prefilling
+    if common.max_query_len != 1 or prefilling is None or not bool(prefilling.any()):
+        return common, None
+    begun = (prefilling & (common.seq_lens_cpu_upper_bound <= 1)).nonzero().flatten()
+    return common.replace(is_prefilling=torch.zeros_like(prefilling)), begun if len(begun) else None
 
 
 class PowerRetentionBackend(AttentionBackend):

@@ -113,6 +113,14 @@ class PowerRetentionMixer(nn.Module, MambaBase):
         assert pages is not None
         return pages
 
+    def begin(self, pages: Tensor) -> None:
+        """Forget what the last owners of pages ``[R]`` left there, unless a state was loaded for their new ones."""
+        ring, record = self.pages.ring, self.pages.record
+        foreign = record[pages, LOADED] == 0
+        for part in (ring.cursor, ring.normalizer, ring.memory, record):
+            part[pages] = part[pages].masked_fill(foreign.view(-1, *(1,) * (part.dim() - 1)), 0)
+        record[pages, LOADED] = 0
+
     def read(self, q: Tensor, k: Tensor, v: Tensor, log_g: Tensor, y: Tensor, metadata: PowerRetentionMetadata) -> None:
         """Answer all tokens of a step into ``y``, and remember them."""
         decoding, prompts = metadata.num_decode_tokens, metadata.num_prefill_tokens

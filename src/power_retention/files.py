@@ -16,6 +16,9 @@ from typing import Any
 
 from power_retention.errors import DataError, OutputError
 
+UNFINISHED = ".tmp"
+"""Ending of hidden files that are being written, see :func:`replacement`."""
+
 
 def read_toml(path: Path) -> dict[str, Any]:
     """What a TOML file of the user's holds.
@@ -104,7 +107,7 @@ def _finite(value: Any) -> Any:
 @contextmanager
 def replacement(target: Path) -> Iterator[Path]:
     """A temporary file beside ``target``; what is written to it takes the target's place once it is safe on disk."""
-    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}{UNFINISHED}")
     try:
         yield partial
         sync(partial)

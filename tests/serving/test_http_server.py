@@ -67,7 +67,7 @@ def test_ragged_requests_at_once_are_answered_as_if_alone(served: Served, folder
     with ThreadPoolExecutor(len(prompts)) as pool:  # more than there are rows
         answers = list(pool.map(lambda prompt: served.complete(prompt, 20 + 5 * (len(prompt) % 7)), prompts))
     assert max(distance(folder, *pair) for pair in zip(answers, prompts, strict=True)) < CLOSE
-    assert served.health() == {"status": "ok", "writing": 0, "reading": 0, "waiting": 0}
+    assert served.health() == {"status": "ok", "users": 3, "writing": 0, "reading": 0, "waiting": 0, "saving": 0}
 
 
 def test_greedy_answers_are_those_of_generate(served: Served, folder: Path) -> None:

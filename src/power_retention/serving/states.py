@@ -12,12 +12,13 @@ import re
 import secrets
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from power_retention.errors import OutputError, StateError
-from power_retention.files import clear_write_errors
+from power_retention.files import UNFINISHED, clear_write_errors
 from power_retention.ops import PowerState
 from power_retention.ops.state_file import StateHeader, fork_states, load_states, read_header, save_states
 
@@ -146,11 +147,18 @@ class StateDirectory:
                 raise MissingState(f"The state {name!r} was deleted a moment ago.") from None
         return pinned
 
-    def remove_old_pins(self, seconds: float = 86400) -> None:
-        """Remove what processes that were killed have left, of all owners."""
-        for path in self.path.glob(f"**/.*{PINNED}"):
-            if time.time() - path.lstat().st_ctime > seconds:
-                path.unlink(missing_ok=True)
+    def remove_remains(self, pinned: float = 86400, unfinished: float = 3600) -> None:
+        """Remove what processes that were killed have left, of all owners: other processes may use the folder, too.
+
+        Args:
+            pinned: seconds that a pin may be old: as long as a request may take.
+            unfinished: seconds since anything was written to a file that is not complete.
+        """
+        for pattern, seconds in ((f".*{PINNED}", pinned), (f".*{SUFFIX}.*{UNFINISHED}", unfinished)):
+            for path in self.path.glob(f"**/{pattern}"):
+                with suppress(FileNotFoundError):  # another process was first
+                    if time.time() - path.lstat().st_ctime > seconds:
+                        path.unlink()
 
     def load(self, name: str, *, model: str | None = None) -> tuple[Sequence[PowerState], StateHeader]:
         """The states of all layers, and their header; errors as of :meth:`verify`."""

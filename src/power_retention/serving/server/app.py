@@ -67,7 +67,7 @@ def make_app(batcher: Batcher, options: ServerOptions) -> Starlette:
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         if options.states is not None:
-            StateDirectory(options.states).remove_old_pins()
+            StateDirectory(options.states).remove_remains()
         yield
         await run_in_threadpool(batcher.close)
 

@@ -151,6 +151,7 @@ class Batcher:
         self._changed = threading.Condition()
         self._closing = False
         self._saving = ThreadPoolExecutor(1, thread_name_prefix="power-retention-states")
+        self._saves = 0  # guarded by _changed
         self._thread = threading.Thread(target=self._run, name="power-retention-batcher", daemon=True)
         self._thread.start()
 
@@ -176,8 +177,9 @@ class Batcher:
 
     @property
     def load(self) -> dict[str, int]:
-        """How many answers are being written, prompts read and questions waiting."""
-        return {"writing": len(self._writing), "reading": len(self._reading), "waiting": len(self._new)}
+        """Answers there is room for, answers being written, prompts being read, questions waiting, states being saved."""
+        counts = {"writing": len(self._writing), "reading": len(self._reading), "waiting": len(self._new)}
+        return {"users": self.users, **counts, "saving": self._saves}
 
     def _run(self) -> None:
         with torch.inference_mode():
@@ -333,7 +335,12 @@ class Batcher:
                 question.tell(ended)
             except Exception as error:
                 question.tell(Ended(answer.choice, reason="error", error=_sentence(error)))
+            finally:
+                with self._changed:
+                    self._saves -= 1
 
+        with self._changed:
+            self._saves += 1
         self._saving.submit(write)
 
     def _fail(self, question: Question, sentence: str) -> None:

@@ -95,7 +95,7 @@ class StateConnector(KVConnectorBase_V1, SupportsHMA):
         self.pages: dict[str, Sequence[int]] = {}  # of requests that start in this step
         self.saves: list[Save] = []
         if role == KVConnectorRole.SCHEDULER:
-            directory_of(vllm_config, "").remove_old_pins()
+            directory_of(vllm_config, "").remove_remains()
         self.failing: set[int] = set()
 
     # ── the scheduler's half ─────────────────────────────────────────────────────────────────────────────────────────

@@ -1,0 +1,198 @@
+"""Clients of the load test: plain HTTP, so that they can hang up at any byte, and what an answer must be."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+CLOSE = 1e-3
+"""How far a log-probability may be from that of one user alone; a token forgotten, or one too many, is 1e-2 and more."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """Status and body of an answer."""
+
+    status: int
+    text: str
+
+    @property
+    def body(self) -> Any:
+        return json.loads(self.text)
+
+
+@dataclass
+class Written:
+    """One answer: its tokens, how likely each was, and why it ended ("" where that was not heard)."""
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    text: str = ""
+    reason: str = ""
+
+    def hear(self, choice: dict[str, Any]) -> None:
+        """Add a choice, or a piece of one in a stream."""
+        self.tokens += choice.get("token_ids") or []
+        self.reason = choice.get("finish_reason") or self.reason
+        said = choice.get("delta") or choice.get("message") or {}
+        self.text += said.get("content") or choice.get("text") or ""
+        told = choice.get("logprobs") or {}
+        self.logprobs += [one["logprob"] for one in told.get("content") or []] + (told.get("token_logprobs") or [])
+
+
+class Refused(Exception):
+    """The server said no: its status and words."""
+
+    def __init__(self, reply: Reply) -> None:
+        super().__init__(f"{reply.status}: {reply.text[:300]}")
+        self.status = reply.status
+
+
+class Lost(Exception):
+    """The connection ended before the answer did."""
+
+
+@dataclass(frozen=True)
+class Client:
+    """One user's client; each request has a connection of its own."""
+
+    host: str
+    port: int
+
+    def call(self, method: str, path: str, body: Any = None, timeout: float = 120) -> Reply:
+        """Ask, and wait for the whole answer."""
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=timeout)
+        try:
+            content = body if isinstance(body, bytes) else None if body is None else json.dumps(body).encode()
+            connection.request(method, path, content, {"Content-Type": "application/json"})
+            answer = connection.getresponse()
+            return Reply(answer.status, answer.read().decode())
+        finally:
+            connection.close()
+
+    def events(self, path: str, body: dict[str, Any], timeout: float = 120) -> Iterator[dict[str, Any]]:
+        """The pieces of a stream; whoever stops listening hangs up.
+
+        Raises:
+            Refused: the server said no.
+            Lost: the stream ended before its end.
+        """
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=timeout)
+        try:
+            headers = {"Content-Type": "application/json"}
+            connection.request("POST", path, json.dumps({**body, "stream": True}).encode(), headers)
+            answer = connection.getresponse()
+            if answer.status != 200:
+                raise Refused(Reply(answer.status, answer.read().decode()))
+            while line := answer.readline():
+                said = line.decode().strip().removeprefix("data: ")
+                if said == "[DONE]":
+                    return
+                if said:
+                    piece = json.loads(said)
+                    if "error" in piece:
+                        raise Refused(Reply(int(piece["error"]["code"]), said))
+                    yield piece
+            raise Lost("The stream ended without saying so.")
+        finally:
+            connection.close()
+
+    def hang_up(self, path: str, body: dict[str, Any], *, stream: bool) -> None:
+        """Ask, and go away without a word heard."""
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=60)
+        headers = {"Content-Type": "application/json"}
+        connection.request("POST", path, json.dumps({**body, "stream": stream}).encode(), headers)
+        connection.close()
+
+    def answers(self, path: str, body: dict[str, Any], *, stream: bool) -> list[Written]:
+        """All answers to a request, whole or from a stream.
+
+        Raises:
+            Refused: the server said no.
+            Lost: the server went away.
+        """
+        written: dict[int, Written] = {}
+        try:
+            if stream:
+                for piece in self.events(path, body):
+                    for choice in piece["choices"]:
+                        written.setdefault(choice["index"], Written()).hear(choice)
+            else:
+                reply = self.call("POST", path, body)
+                if reply.status != 200:
+                    raise Refused(reply)
+                for choice in reply.body["choices"]:
+                    written.setdefault(choice["index"], Written()).hear(choice)
+        except (OSError, http.client.HTTPException) as error:
+            raise Lost(str(error)) from error
+        return [written[index] for index in sorted(written)]
+
+
+_PROCESS = """
+import http.client, sys
+host, port, path, body = sys.argv[1:]
+connection = http.client.HTTPConnection(host, int(port), timeout=120)
+connection.request("POST", path, body, {"Content-Type": "application/json"})
+answer = connection.getresponse()
+while line := answer.readline():
+    print(line.decode().strip(), flush=True)
+"""
+
+
+def killed_client(client: Client, path: str, body: dict[str, Any], lines: int) -> int:
+    """A client in a process of its own hears so many lines of a stream and is killed; returns how many it heard."""
+    content = json.dumps({**body, "stream": True})
+    command = [sys.executable, "-I", "-S", "-c", _PROCESS, client.host, str(client.port), path, content]
+    heard = 0
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout is not None
+        for _ in process.stdout:
+            heard += 1
+            if heard == lines:
+                break
+        process.kill()
+    return heard
+
+
+class Judge:
+    """One user alone: a forward of our Hugging Face class over all that was read and written.
+
+    Args:
+        model: in evaluation mode, float32.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model, self.lock = model, threading.Lock()
+        self.checked, self.tokens, self.worst, self.ties = 0, 0, 0.0, 0
+
+    @torch.no_grad()
+    def fault(self, before: Sequence[int], written: Written, *, greedy: bool) -> str:
+        """What is wrong with an answer, or ""."""
+        tokens, told = written.tokens, torch.tensor(written.logprobs, dtype=torch.float64)
+        if not tokens or len(tokens) != len(told):
+            return f"{len(tokens)} tokens with {len(told)} log-probabilities"
+        if max(tokens) >= self.model.config.vocab_size:
+            return "a token that there is not"
+        with self.lock:
+            logits = self.model(torch.tensor([[*before, *tokens]])).logits[0].double()
+            rows = logits[len(before) - 1 : -1].log_softmax(-1)
+            own = rows[torch.arange(len(tokens)), torch.tensor(tokens)]
+            apart, behind = float((own - told).abs().max()), float((rows.max(-1).values - own).max())
+            self.checked += 1
+            self.tokens += len(tokens)
+            self.worst = max(self.worst, apart)
+            self.ties += greedy and behind > 0
+        if apart > CLOSE:
+            return f"log-probabilities {apart:.2g} from those of one user alone"
+        if greedy and behind > 2 * CLOSE:
+            return f"a token {behind:.2g} less likely than the likeliest"
+        return ""

@@ -191,10 +191,11 @@ class User:
 
     def fork(self) -> None:
         """A copy by the route that makes one."""
-        known = [name for name, read in self.states.items() if read is not None]
+        copy = f"user-{self.number}-fork"
+        known = [name for name, read in self.states.items() if read is not None and name != copy]
         if not known:
             return self.remember()
-        start, copy = self.rng.choice(known), f"user-{self.number}-fork"
+        start = self.rng.choice(known)
         self.delete(copy)
         reply = self.world.client.call("POST", f"/v1/states/{start}/fork", {"to": copy})
         self.states[copy] = None
@@ -658,6 +659,7 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument("--figure", type=Path, help="A PNG of memory and time against requests.")
     parser.add_argument("--keep", type=Path, help="A folder for the model, the states and the server's log.")
     arguments = parser.parse_args(words)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server does not outlive its test
     with tempfile.TemporaryDirectory(prefix="load-") as scratch:
         folder = arguments.keep or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)

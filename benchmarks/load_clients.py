@@ -167,7 +167,7 @@ class Judge:
     """One user alone: a forward of our Hugging Face class over all that was read and written.
 
     Args:
-        model: in evaluation mode, float32.
+        model: in evaluation mode, in float64: what is judged is the server's rounding, and not that of another order of sums.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:

@@ -8,7 +8,7 @@ seeded schedule says: completions and chats, streamed and not, one answer or sev
 forked and deleted; streams that are hung up in the middle, clients in processes of their own that are killed, requests that
 must be refused; a folder of states that fills up (by number, by bytes, by a file system with no room); and the server ended by
 SIGTERM and by SIGKILL while all of that goes on.  Every answer is compared with one user alone: a forward of the Hugging Face
-class over everything its state, its prompt and itself consist of.  Whenever nobody asks, nothing may be held, and resident
+class, in float64, over everything its state, its prompt and itself consist of.  Whenever nobody asks, nothing may be held, and resident
 memory is weighed.  The status is 0 only if no answer was wrong, nothing leaked and no state was lost.
 """
 
@@ -612,11 +612,16 @@ def draw(rounds: Sequence[Round], path: Path, title: str) -> None:
     plt.close(figure)
 
 
+def stories() -> str:
+    """Words to ask with."""
+    lines = real_models.STORIES_TEXT.read_text(encoding="utf-8").splitlines()
+    return " ".join(json.loads(line)["text"] for line in lines)
+
+
 def write_model(folder: Path) -> Path:
     """stories260K, converted and calibrated."""
     source = open_source(str(real_models.write_stories_model(folder / "parent")))
-    text = " ".join(json.loads(line)["text"] for line in real_models.STORIES_TEXT.open(encoding="utf-8"))
-    ids = source.tokenizer(text[:20000], return_tensors="pt")["input_ids"][0]
+    ids = source.tokenizer(stories()[:20000], return_tensors="pt")["input_ids"][0]
     save_conversion(convert(source, calibration_windows(ids, count=4, length=128)), folder / "model")
     return folder / "model"
 
@@ -629,10 +634,9 @@ def load_test(server: str, minutes: float, seed: int, folder: Path) -> tuple[dic
     template.write_text(TEMPLATE)
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.chat_template = TEMPLATE
-    words = " ".join(json.loads(line)["text"] for line in real_models.STORIES_TEXT.open(encoding="utf-8")).split()
-    judge = Judge(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval())
+    judge = Judge(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64).eval())
     served = Server(KINDS[server], model, template, folder / "server.log")
-    load = Load(World(served, judge, tokenizer, words, Tally()), seed)
+    load = Load(World(served, judge, tokenizer, stories().split(), Tally()), seed)
     try:
         run_all(load, folder / "states", minutes)
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from rich.markup import escape
 
 from power_retention.cli.display import status
 from power_retention.cli.options import Json, Seed, open_student, quiet_libraries
+from power_retention.cli.placement import choose_device
 from power_retention.errors import ArgumentError, PowerRetentionError, StateError
 from power_retention.files import json_line
 
@@ -39,7 +41,7 @@ def chat(
     states: Annotated[Path, typer.Option(help="Folder in which conversations are kept.")] = Path("states"),
     load: Annotated[str | None, typer.Option(help="Go on from the state of this name.")] = None,
     system: Annotated[str, typer.Option(help="A system message before the first one.")] = "",
-    device: Annotated[str, typer.Option(help="Where the model runs, such as cpu or cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU where there is one.")] = "auto",
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens that an answer may have.")] = 512,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0.7,
     top_p: Annotated[
@@ -67,8 +69,9 @@ def chat(
     from power_retention.serving.sampling import Draw
     from power_retention.serving.states import StateDirectory
 
+    place = choose_device(device)
     with status.status(f"Opening {escape(str(model))}"):
-        student, tokenizer = open_student(model).eval().to(device), open_tokenizer(model)
+        student, tokenizer = open_student(model).eval().to(place), open_tokenizer(model)
     conversation = Conversation(
         student, tokenizer, draw=Draw(temperature, top_p), max_tokens=max_tokens, seed=seed, system=system
     )
@@ -90,6 +93,8 @@ def chat(
 
 def _lines(in_terminal: bool) -> Iterator[str]:
     if not in_terminal:
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # what is no text is told apart, below
         yield from sys.stdin
         return
     import readline  # noqa: F401 (lines can be edited then)
@@ -114,6 +119,8 @@ class _Talk:
     def hear(self, line: str) -> bool:
         """Do what a line says; False for the end."""
         line = line.strip()
+        if any("\ud800" <= sign <= "\udfff" for sign in line):
+            raise ArgumentError("A line of the input is no UTF-8 text.")
         if not line.startswith("/"):
             if line:
                 self.answer(line)
@@ -167,9 +174,8 @@ class _Talk:
         """Say what is kept."""
         found = self.directory.list()
         for state in found:
-            _say(
-                f"{state.name}  {state.header.tokens_seen:,} tokens  {state.nbytes / 1e6:.1f} MB  {state.header.created}"
-            )
+            size = f"{state.nbytes / 1e6:.1f} MB" if state.nbytes >= 1e5 else f"{state.nbytes / 1e3:.1f} kB"
+            _say(f"{state.name}  {state.header.tokens_seen:,} tokens  {size}  {state.header.created}")
         if not found:
             _say(f"Nothing is kept in {self.directory.path}.")
 

@@ -45,8 +45,8 @@ def choose_device(device: str) -> torch.device:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(device)
-        torch.empty(1, device=chosen)
-    except (RuntimeError, AssertionError) as error:
+        torch.empty(1, device=chosen).cpu()  # "meta" is a device, too, and holds nothing
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ArgumentError(
             f"--device {device} cannot be used here ({error}); cpu, cuda or auto was expected."
         ) from error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +12,7 @@ from rich.markup import escape
 
 from power_retention.cli.display import print_json, status
 from power_retention.cli.options import Json, open_student, quiet_libraries
+from power_retention.cli.placement import choose_device
 
 
 def register(app: typer.Typer) -> None:
@@ -24,7 +27,7 @@ def serve(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at; 0 takes a free one.")] = 8000,
     name: Annotated[str | None, typer.Option(help="What the model is called; the folder's name unless given.")] = None,
-    device: Annotated[str, typer.Option(help="Where the model runs, such as cpu or cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU where there is one.")] = "auto",
     users: Annotated[int, typer.Option(min=1, help="Answers written at a time; others wait.")] = 8,
     waiting: Annotated[int, typer.Option(min=1, help="Requests that may wait; further ones are refused.")] = 100,
     prefill_chunk_size: Annotated[
@@ -71,8 +74,13 @@ def serve(
     from power_retention.serving.generate import open_tokenizer
     from power_retention.serving.server.batcher import Batcher
 
+    # What can be refused at once is, before a large model is opened.
+    place = choose_device(device)
+    if states is not None:
+        _check_states(states)
+    listening = _listen(host, port)
     with status.status(f"Opening {escape(str(model))}"):
-        student, tokenizer = open_student(model).eval().to(device), open_tokenizer(model)
+        student, tokenizer = open_student(model).eval().to(place), open_tokenizer(model)
     if not student.config.keeps_state:
         raise SourceError(
             f"{model} keeps no state (p = {student.config.power}, or softmax), so it cannot be served here."
@@ -102,7 +110,36 @@ def serve(
     config = uvicorn.Config(
         make_app(batcher, options), host=host, port=port, log_level="warning", timeout_graceful_shutdown=10
     )
-    Server(config).run()
+    Server(config).run(sockets=[listening])
+
+
+def _check_states(folder: Path) -> None:
+    """Make the folder of states, and see that files can be made in it."""
+    from power_retention.errors import OutputError
+    from power_retention.files import clear_write_errors
+
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"--states {folder} is a file; a folder was expected.")
+    with clear_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """The address is taken before the model is opened."""
+    from power_retention.errors import ArgumentError
+
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        listening = socket.socket(family)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+    except OSError as error:
+        raise ArgumentError(
+            f"Nobody can listen at {host}, port {port}: {error.strerror or error}. Choose another --port (0 takes a free one) "
+            "or --host."
+        ) from error
+    return listening
 
 
 def _say_where(address: tuple[Any, ...], name: str, users: int, *, json: bool) -> None:

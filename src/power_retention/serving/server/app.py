@@ -14,6 +14,7 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -78,9 +79,16 @@ def make_app(batcher: Batcher, options: ServerOptions) -> Starlette:
         Route("/v1/chat/completions", service.chat_completions, methods=["POST"]),
         *state_routes(service.directory_of),
     ]
-    app = Starlette(routes=routes, lifespan=lifespan)
+    app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={404: _no_route, 405: _no_route})
     app.add_middleware(_Keys, keys=options.keys)
     return app
+
+
+async def _no_route(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    routes = "/v1/completions, /v1/chat/completions (POST), /v1/models, /v1/states and /health (GET)"
+    asked = f"{request.method} {request.url.path}"
+    return error_response(ArgumentError(f"Nothing answers {asked} here; there are {routes}."), error.status_code)
 
 
 class _Keys:
@@ -186,7 +194,9 @@ class Service:
         prompts: list[str | list[int]]
         if chat:
             if not tokenizer.chat_template:
-                raise ArgumentError("This model has no chat template; ask it at /v1/completions.")
+                raise ArgumentError(
+                    "This model has no chat template; ask it at /v1/completions, or start the server with --chat-template FILE."
+                )
             try:
                 text = tokenizer.apply_chat_template(messages_of(body), add_generation_prompt=True, tokenize=False)
             except ArgumentError:

@@ -1,0 +1,74 @@
+"""The load test, in twenty seconds: everybody who asks is answered as if alone, and nothing is left behind."""
+
+from __future__ import annotations
+
+import random
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import load_test
+from load_clients import CLOSE, Judge, Written
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="ends servers with POSIX signals")
+def test_users_who_come_go_and_vanish(tmp_path: Path) -> None:
+    report, rounds = load_test.load_test("own", 0.1, 0, tmp_path)
+    assert report["faults"] == []
+    assert report["worst log-probability difference"] < CLOSE
+    assert report["lives"] == 2
+    did = report["counts"]
+    assert all(did[what] for what in ("complete", "chat", "state", "refused", "hung up", "alone")), did
+    assert did["states until the number is reached"] > 10
+    assert did["states found again after SIGKILL"] > 0
+    assert max(one.resident_mb for one in rounds) - min(one.resident_mb for one in rounds) < 40
+    load_test.draw(rounds, tmp_path / "load.png", "in small")
+    assert (tmp_path / "load.png").stat().st_size > 1000
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory: pytest.TempPathFactory) -> Judge:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder = load_test.write_model(tmp_path_factory.mktemp("judged"))
+    return Judge(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval())
+
+
+def test_a_wrong_answer_is_seen(judge: Judge) -> None:
+    """One token of the past forgotten, one told otherwise, or another one written."""
+    import torch
+
+    before = [random.Random(0).randrange(3, 512) for _ in range(40)]
+    with torch.no_grad():
+        likely = judge.model(torch.tensor([before])).logits[0, -1].log_softmax(-1)
+    best, second = likely.topk(2).indices.tolist()
+    right = Written([best], [float(likely[best])])
+    assert not judge.fault(before, right, greedy=True)
+    assert "from those of one user" in judge.fault(before[1:], right, greedy=True)
+    assert "from those of one user" in judge.fault(before, Written([best], [float(likely[best]) - 0.01]), greedy=True)
+    other = Written([second], [float(likely[second])])
+    assert not judge.fault(before, other, greedy=False)
+    assert "less likely" in judge.fault(before, other, greedy=True)
+    assert judge.fault(before, Written([best], []), greedy=True)
+
+
+def test_growth_is_told_from_noise() -> None:
+    noise = random.Random(0)
+
+    def rounds(growth: float) -> list[load_test.Round]:
+        return [
+            load_test.Round(
+                life, "", requests, 0, 500 + 20 * life + growth * requests / 1000 + noise.gauss(0, 0.5), 7, 9, 1
+            )
+            for life in (1, 2)
+            for requests in range(10, 2000, 50)
+        ]
+
+    flat = load_test.trend(rounds(0.0), lambda one: one.resident_mb)
+    assert abs(flat["slope"]) < 4 * flat["error"] < 1
+    leaking = load_test.trend(rounds(5.0), lambda one: one.resident_mb)
+    assert leaking["slope"] == pytest.approx(5, abs=4 * leaking["error"])

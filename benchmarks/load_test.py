@@ -8,8 +8,8 @@ seeded schedule says: completions and chats, streamed and not, one answer or sev
 forked and deleted; streams that are hung up in the middle, clients in processes of their own that are killed, requests that
 must be refused; a folder of states that fills up (by number, by bytes, by a file system with no room); and the server ended by
 SIGTERM and by SIGKILL while all of that goes on.  Every answer is compared with one user alone: a forward of the Hugging Face
-class, in float64, over everything its state, its prompt and itself consist of.  Whenever nobody asks, nothing may be held, and resident
-memory is weighed.  The status is 0 only if no answer was wrong, nothing leaked and no state was lost.
+class, in float64, over everything that its state, its prompt and itself consist of.  Whenever nobody asks, nothing may be held,
+and resident memory is weighed.  The status is 0 only if no answer was wrong, nothing leaked and no state was lost.
 """
 
 from __future__ import annotations

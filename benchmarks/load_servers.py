@@ -20,6 +20,8 @@ from load_clients import Client
 
 NAME = "stories"
 USERS = 4
+PAGES = 600
+"""Of vLLM: so few that they are soon given to others, and that all of them are soon resident."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class Vllm:
             sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--served-model-name", NAME,
             "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager", "--max-model-len", "512",
             "--chat-template", template, "--max-num-batched-tokens", "64", "--max-num-seqs", str(USERS),
-            "--enable-prefix-caching", "--block-size", "16",
+            "--enable-prefix-caching", "--block-size", "16", "--num-gpu-blocks-override", str(PAGES),
             "--additional-config", json.dumps({"power_retention": ours}),
             "--middleware", "power_retention.serving.vllm.http.States",
         ]  # fmt: skip

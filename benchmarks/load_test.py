@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 import real_models
 from load_clients import CLOSE, Client, Judge, Lost, Refused, Written, killed_client
@@ -634,7 +634,7 @@ def load_test(server: str, minutes: float, seed: int, folder: Path) -> tuple[dic
     template.write_text(TEMPLATE)
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.chat_template = TEMPLATE
-    judge = Judge(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64).eval())
+    judge = Judge(model)
     served = Server(KINDS[server], model, template, folder / "server.log")
     load = Load(World(served, judge, tokenizer, stories().split(), Tally()), seed)
     try:
@@ -647,7 +647,7 @@ def load_test(server: str, minutes: float, seed: int, folder: Path) -> tuple[dic
         "server": server, "seed": seed, "minutes": (time.monotonic() - started) / 60, "clients": CLIENTS, "users": USERS,
         "python": platform.python_version(), "torch": torch.__version__,
         "requests": tally.requests, "tokens": tally.tokens, "lives": served.lives, "counts": dict(tally.counts),
-        "answers compared": judge.checked, "tokens compared": judge.tokens, "ties": judge.ties,
+        "answers compared": judge.checked, "tokens compared": judge.tokens, "ties": judge.ties, "delicate": judge.delicate,
         "worst log-probability difference": judge.worst, "growth in 1000 requests": growth, "faults": tally.faults,
         "rounds": [asdict(one) for one in load.rounds],
     }  # fmt: skip

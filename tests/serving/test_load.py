@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
@@ -31,20 +32,15 @@ def test_users_who_come_go_and_vanish(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def judge(tmp_path_factory: pytest.TempPathFactory) -> Judge:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    folder = load_test.write_model(tmp_path_factory.mktemp("judged"))
-    return Judge(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval())
+    return Judge(load_test.write_model(tmp_path_factory.mktemp("judged")))
 
 
 def test_a_wrong_answer_is_seen(judge: Judge) -> None:
     """One token of the past forgotten, one told otherwise, or another one written."""
-    import torch
-
-    before = [random.Random(0).randrange(3, 512) for _ in range(40)]
+    draw = random.Random(0)
+    before = [draw.randrange(3, 512) for _ in range(40)]
     with torch.no_grad():
-        likely = judge.model(torch.tensor([before])).logits[0, -1].log_softmax(-1)
+        likely = judge.exact(torch.tensor([before])).logits[0, -1].log_softmax(-1)
     best, second = likely.topk(2).indices.tolist()
     right = Written([best], [float(likely[best])])
     assert not judge.fault(before, right, greedy=True)
@@ -54,6 +50,41 @@ def test_a_wrong_answer_is_seen(judge: Judge) -> None:
     assert not judge.fault(before, other, greedy=False)
     assert "less likely" in judge.fault(before, other, greedy=True)
     assert judge.fault(before, Written([best], []), greedy=True)
+
+
+def test_rounding_of_a_delicate_answer_is_no_fault(judge: Judge) -> None:
+    """One that is as far from float64 as float32 is, read in other pieces; further away it is one."""
+    text = [
+        240,
+        326,
+        150,
+        467,
+        56,
+        194,
+        131,
+        342,
+        465,
+        303,
+        331,
+        267,
+        344,
+        330,
+        426,
+        410,
+        13,
+        436,
+        265,
+        282,
+        412,
+        419,
+        426,
+    ]
+    before, tokens = text[:10], [*text[10:], 410, 325, 406, 432, 398, 358, 286, 261, 419, 426]
+    with torch.no_grad():
+        rounded = judge.rounded(torch.tensor([[*before, *tokens]])).logits[0, 9:-1].log_softmax(-1)
+    told = rounded[torch.arange(len(tokens)), torch.tensor(tokens)].tolist()
+    assert not judge.fault(before, Written(tokens, told), greedy=False)
+    assert judge.fault(before, Written(tokens, [told[0] - 0.02, *told[1:]]), greedy=False)
 
 
 def test_growth_is_told_from_noise() -> None:

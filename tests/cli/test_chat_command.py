@@ -73,19 +73,21 @@ def test_keeps_forks_and_goes_on_in_another_process(folder: Path, tmp_path: Path
         ("/save\n", "/save needs a name"),
         ("/dance\n", "/dance is no command"),
         ("Once\n/save a\n/fork a\n", "A state called 'a' is kept already"),
+        (b"\xff\xfe\n", "no UTF-8 text"),
     ],
 )
 def test_refused_in_a_sentence(
     folder: Path,
     tmp_path: Path,
-    said: str,
+    said: str | bytes,
     sentence: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     options = ["--states", str(tmp_path / "states"), "--max-tokens", "3"]
     monkeypatch.setattr(sys, "argv", ["power-retention", "chat", str(folder), *options])
-    monkeypatch.setattr(sys, "stdin", io.StringIO(said))
+    told = io.StringIO(said) if isinstance(said, str) else io.TextIOWrapper(io.BytesIO(said), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", told)
     with pytest.raises(SystemExit, match="1"):
         main()
     assert sentence in " ".join(capsys.readouterr().err.split())

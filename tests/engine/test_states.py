@@ -234,3 +234,12 @@ def test_refused_before_anything_is_served(
     plain = start(folder_of())
     with pytest.raises(VLLMValidationError, match="keeps no states"):
         ask(plain, prompt, state="book")
+
+
+def test_promises_are_not_kept_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that saves under ever new names holds on to the last of them only, each once."""
+    monkeypatch.setattr(admission, "_promised", {})
+    monkeypatch.setattr(admission, "_MOST_PROMISES", 3)
+    for name in ("a", "b", "a", "c", "d"):
+        admission._promise(tmp_path / name)
+    assert [path.name for path in admission._promised] == ["a", "c", "d"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,6 +18,7 @@ import torch
 from servers import TEMPLATE, Served, distance, open_model, prompts_of, serving
 
 from power_retention import PowerRetentionCache
+from power_retention.cli import main
 from power_retention.conversion.convert import calibration_windows, convert, save_conversion
 from power_retention.conversion.source import open_source
 from power_retention.serving.states import StateDirectory, owner_of
@@ -216,11 +219,41 @@ def test_refused_in_a_sentence(served: Served, case: str) -> None:
     assert sentence in answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--device", "nonsense"], "--device nonsense cannot be used here"),
+        (["--device", "meta"], "--device meta cannot be used here"),
+        (["--states", __file__], "is a file; a folder was expected"),
+        (["--host", "192.0.2.1"], "Nobody can listen at 192.0.2.1"),
+    ],
+)
+def test_refused_before_the_model_is_opened(
+    options: list[str], sentence: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["power-retention", "serve", "no-such-model", *options])
+    with pytest.raises(SystemExit, match="1"):
+        main()
+    assert sentence in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_port_that_is_taken_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        monkeypatch.setattr(sys, "argv", ["power-retention", "serve", "no-such-model", "--port", port])
+        with pytest.raises(SystemExit, match="1"):
+            main()
+    assert f"Nobody can listen at 127.0.0.1, port {port}" in " ".join(capsys.readouterr().err.split())
+
+
 def test_what_is_no_request(served: Served) -> None:
     with served.client() as client:
         assert client.post("completions", content=b"{").status_code == 400
         assert client.post("completions", content=b"[1]").status_code == 400
         assert client.get("models").json()["data"][0]["id"] == "stories"
+        elsewhere = client.get("completions"), client.get("nothing")
+        assert [answer.status_code for answer in elsewhere] == [405, 404]
+        assert all("/v1/chat/completions" in answer.json()["error"]["message"] for answer in elsewhere)
     picture = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]
     assert "reads text only" in served.post("chat/completions", messages=picture).text
 

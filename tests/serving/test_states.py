@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from power_retention.errors import OutputError, SourceError, StateError
+from power_retention.files import UNFINISHED
 from power_retention.models import BrumbyConfig, BrumbyForCausalLM, PowerRetentionCache, PowerRetentionForCausalLM
 from power_retention.models.fingerprint import fingerprint_folder, fingerprint_model
 from power_retention.ops import PowerState
-from power_retention.serving.states import FullDirectory, MissingState, StateDirectory, owner_of
+from power_retention.serving.states import SUFFIX, FullDirectory, MissingState, StateDirectory, owner_of
 from tiny_models import randomise, tiny_config, tiny_model, tokens
 
 MODEL = "weights-sample:0"
@@ -184,3 +187,38 @@ def test_folders_without_a_fingerprint_are_refused(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     with pytest.raises(SourceError, match="experts"):
         fingerprint_folder(tmp_path)
+
+
+def test_what_killed_processes_left_is_removed_once_it_is_old(tmp_path: Path) -> None:
+    """Of all owners; what others are at work on stays, and so do states."""
+    for owner in ("", owner_of("key")):
+        directory = StateDirectory(tmp_path / "states", owner=owner)
+        save(directory, "book")
+        pinned, partial = directory.pin("book"), directory.path / f".book{SUFFIX}.1a2b3c4d{UNFINISHED}"
+        partial.write_bytes(b"half of it")
+    everything = StateDirectory(tmp_path / "states")
+    everything.remove_remains()
+    assert pinned.exists()
+    assert partial.exists()
+    time.sleep(0.05)
+    everything.remove_remains(unfinished=0.01)
+    assert pinned.exists()
+    assert not list(everything.path.glob(f"**/*{UNFINISHED}"))
+    everything.remove_remains(pinned=0.01)
+    left = sorted(path.name for path in everything.path.glob("**/*") if path.is_file())
+    assert left == ["book.state", "book.state"]
+
+
+def test_a_file_that_could_not_be_finished_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk, seen where the file is made safe: refused, what was there is unchanged, nothing hidden stays."""
+    directory = StateDirectory(tmp_path / "states")
+    save(directory, "book", seed=1)
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OutputError, match="No space left"):
+        save(directory, "book", seed=2)
+    assert directory.inspect("book").header.tokens_seen == 2
+    assert [path.name for path in directory.path.iterdir()] == ["book.state"]

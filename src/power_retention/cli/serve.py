@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -129,16 +130,19 @@ def _listen(host: str, port: int) -> socket.socket:
     """The address is taken before the model is opened."""
     from power_retention.errors import ArgumentError
 
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        listening = socket.socket(family)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(address)
-    except OSError as error:
-        raise ArgumentError(
-            f"Nobody can listen at {host}, port {port}: {error.strerror or error}. Choose another --port (0 takes a free one) "
-            "or --host."
-        ) from error
+    with ExitStack() as unless_bound:
+        try:
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+            family, _, _, _, address = found[0]
+            listening = unless_bound.enter_context(socket.socket(family))
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.bind(address)
+        except OSError as error:
+            raise ArgumentError(
+                f"Nobody can listen at {host}, port {port}: {error.strerror or error}. Choose another --port (0 takes a free "
+                "one) or --host."
+            ) from error
+        unless_bound.pop_all()
     return listening
 
 

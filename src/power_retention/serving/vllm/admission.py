@@ -31,8 +31,10 @@ _ADMITTED = "power_retention_job"
 OWNER: ContextVar[str] = ContextVar("power_retention_owner", default="")
 """Whose states the request that is being handled may use, see :func:`power_retention.serving.states.owner_of`."""
 
-_promised: set[Path] = set()
-"""Where requests of this process will save, so that the next may name it before the file is there."""
+_promised: dict[Path, None] = {}
+"""Where the last requests of this process will save, so that the next may name it before the file is there."""
+
+_MOST_PROMISES = 10_000
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,7 @@ def _check_start(directory: StateDirectory, name: str, vllm_config: VllmConfig) 
         if path in _promised:
             return  # the engine waits for it
         raise
-    _promised.discard(path)
+    _promised.pop(path, None)
     check_fits(name, header, vllm_config.model_config.hf_config)
 
 
@@ -169,4 +171,12 @@ def _check_save(directory: StateDirectory, name: str, params: Any, vllm_config: 
         )
     layout, layers = page_layout(vllm_config), vllm_config.model_config.hf_config.num_hidden_layers
     directory.check_room(name, layers * layout.state_bytes * vllm_config.parallel_config.tensor_parallel_size)
-    _promised.add(directory.path_of(name))
+    _promise(directory.path_of(name))
+
+
+def _promise(path: Path) -> None:
+    """The oldest are forgotten: not every name that is saved to is ever started from."""
+    _promised.pop(path, None)
+    _promised[path] = None
+    if len(_promised) > _MOST_PROMISES:
+        del _promised[next(iter(_promised))]

@@ -90,6 +90,7 @@ class Vllm:
             "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager", "--max-model-len", "512",
             "--chat-template", template, "--max-num-batched-tokens", "64", "--max-num-seqs", str(USERS),
             "--enable-prefix-caching", "--block-size", "16", "--num-gpu-blocks-override", str(PAGES),
+            "--shutdown-timeout", "20",  # without it vLLM ends its engine first, and waits for answers that never come
             "--additional-config", json.dumps({"power_retention": ours}),
             "--middleware", "power_retention.serving.vllm.http.States",
         ]  # fmt: skip
@@ -148,11 +149,15 @@ class Server:
                 time.sleep(0.1)
 
     def stop(self, how: signal.Signals, seconds: float = 60) -> int:
-        """End this life, every process of it; returns its exit status."""
+        """End this life, every process of it; returns its exit status, which is -9 where it had to be killed in the end."""
         assert self.process is not None
         family = self.family()
         self.process.send_signal(how)
-        status = self.process.wait(seconds)
+        try:
+            status = self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            status = self.process.wait(seconds)
         # What a killed server leaves behind of itself must not serve on.
         _, alive = psutil.wait_procs(family, timeout=20)
         for process in alive:

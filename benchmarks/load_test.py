@@ -48,6 +48,8 @@ from power_retention.conversion.source import open_source
 from power_retention.files import clear_write_errors, write_json
 
 CLIENTS = 6
+MOST_NAMES = 4 * CLIENTS + 2
+"""States that users and books come to."""
 VOCABULARY = 512
 LONGEST_HISTORY = 600
 ABORTED = "aborted"
@@ -524,20 +526,20 @@ def run_all(load: Load, states: Path, minutes: float) -> None:
     end = time.monotonic() + 60 * minutes
     cycles = max(1, round(minutes / 15))
     quick = minutes < 5
-    usual, tight = Limits(states), Limits(states, most_bytes=1_000_000)
+    usual, tight = Limits(states, most=MOST_NAMES + 3 if quick else 40), Limits(states, most_bytes=1_000_000)
     state_of_server = usual
     load.begin(state_of_server)
     for cycle in range(cycles):
         span = (end - time.monotonic()) / (cycles - cycle)
         for phase in MIXES:
-            load.run(phase, 0.6 * span / len(MIXES), each=3 if quick else 8)
+            load.run(phase, 0.6 * span / len(MIXES), each=2 if quick else 8)
         load.fill("the number is reached", usual)
         if not quick:
             load.end_in_the_middle(signal.SIGTERM, tight)
             load.run("ragged", 0.1 * span)
             load.fill("the bytes are used up", tight)
         load.end_in_the_middle(signal.SIGKILL, usual)
-        load.run("ragged", 0.1 * span, each=3 if quick else 8)
+        load.run("ragged", 0.1 * span, each=2 if quick else 8)
         if not quick:
             with small_disk() as disk:
                 if disk is None:

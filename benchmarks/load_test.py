@@ -659,6 +659,11 @@ def load_test(server: str, minutes: float, seed: int, folder: Path) -> tuple[dic
     return report, load.rounds
 
 
+def without_folder(word: str) -> str:
+    """Where files lie is nobody's business."""
+    return Path(word).name
+
+
 def main(words: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
@@ -673,7 +678,7 @@ def main(words: Sequence[str]) -> None:
         folder = arguments.keep or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
         report, rounds = load_test(arguments.server, arguments.minutes, arguments.seed, folder)
-    report["command"] = " ".join(["python", "benchmarks/load_test.py", *words])
+    report["command"] = " ".join(["python", "benchmarks/load_test.py", *map(without_folder, words)])
     write_json(arguments.results, report)
     if arguments.figure:
         names = {"own": "power-retention serve", "vllm": "vLLM with the plugin"}

@@ -658,6 +658,11 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
     return Settings(shapes, batches, contexts, device, dtype, int(arguments.memory_gb * 1e9), answer)
 
 
+def without_folder(word: str) -> str:
+    """Where files lie is nobody's business."""
+    return Path(word).name
+
+
 def main(words: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
@@ -682,7 +687,7 @@ def main(words: Sequence[str]) -> None:
         except (torch.OutOfMemoryError, MemoryError):
             report.add("check", shape=shape, who="weights", right=False, refused="does not fit")
         rows += report.rows
-        command = " ".join(["python", "benchmarks/serving.py", *words])
+        command = " ".join(["python", "benchmarks/serving.py", *map(without_folder, words)])
         found = {"command": command, "environment": environment, "copy TB/s": copied, "rows": rows}
         write_json(arguments.results, {**found, "seconds": time.monotonic() - started})
     if arguments.figure:

@@ -20,7 +20,7 @@ from load_clients import Client
 
 NAME = "stories"
 USERS = 4
-PAGES = 600
+PAGES = 100
 """Of vLLM: so few that they are soon given to others, and that all of them are soon resident."""
 
 

@@ -74,8 +74,9 @@ SHAPES: dict[str, PreTrainedConfig] = {
 NAMES = {"135m": "SmolLM2-135M", "14b": "Brumby-14B", "tiny": "a tiny model"}
 STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PARENT = "Transformer"
-TOLERANCE = {torch.bfloat16: 4e-2, torch.float32: 1e-3}
-"""Of logits, relative: what rounding makes of a random model (1.5 % in bfloat16); another context is 100 % away."""
+TOLERANCE = {torch.bfloat16: 1e-1, torch.float32: 1e-3}
+"""Of logits, relative: what rounding makes of a random model (in bfloat16 1.5 % of 30 layers, 5 to 6 % of 40 wide ones, whoever
+computes them, cuDNN and FlashAttention included); another context is 140 % away."""
 PARENT_STEPS = 12
 
 
@@ -542,7 +543,7 @@ def build(config: PreTrainedConfig, settings: Settings) -> PreTrainedModel:
 
 
 def measure_shape(report: Report, shape: str, settings: Settings) -> None:
-    """Ours, then the parent, each with the memory to itself."""
+    """Ours, then the parent, then what the server makes of ours, each with the memory to itself."""
     ours = build(our_config(SHAPES[shape]), settings)
     assert isinstance(ours, PowerRetentionForCausalLM)
     right = {who: check_ours(report, shape, ours, who) for who in STATE_DTYPES}
@@ -550,8 +551,6 @@ def measure_shape(report: Report, shape: str, settings: Settings) -> None:
     for who in STATE_DTYPES:
         if right[who]:
             time_ours(report, shape, ours, who, settings)
-    if right["float32"]:
-        time_batcher(report, shape, ours, settings)
     del ours
     forget()
     parent = build(SHAPES[shape], settings)
@@ -568,6 +567,12 @@ def measure_shape(report: Report, shape: str, settings: Settings) -> None:
         time_parent(report, shape, parent, usable, settings)
     del parent
     forget()
+    if right["float32"]:
+        ours = build(our_config(SHAPES[shape]), settings)
+        assert isinstance(ours, PowerRetentionForCausalLM)
+        time_batcher(report, shape, ours, settings)
+        del ours
+        forget()
 
 
 def draw(rows: list[dict[str, Any]], shapes: tuple[str, ...], path: Path, title: str) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -57,10 +60,15 @@ class PowerRetentionRowsLayer(PowerRetentionLayerCache):
         assert self._view is not None
         return power_retention_decode(q, k, v, log_g, self._view, mask=mask, chunk_size=chunk_size)
 
-    def _resize(self, taken: int) -> None:
+    def show(self, rows: int) -> None:
+        """Let steps read the first rows, taken or not."""
         assert self._all is not None
-        # The rows in use are always the first ones: a slice of the memory, where a choice of rows would be a copy.
-        self.taken, self._view = taken, self._all._map(lambda tensor: tensor[:taken])
+        # A slice of the memory, where a choice of rows would be a copy.
+        self._view = self._all._map(lambda tensor: tensor[:rows])
+
+    def _resize(self, taken: int) -> None:
+        self.taken = taken
+        self.show(taken)  # the rows in use are always the first ones
 
 
 class PowerRetentionRows(PowerRetentionCache):
@@ -109,6 +117,17 @@ class PowerRetentionRows(PowerRetentionCache):
         for layer in self.layers:
             layer.leave(row)
         self.taken -= 1
+
+    @contextmanager
+    def shown(self, rows: int) -> Iterator[None]:
+        """Inside, steps read the first ``rows`` rows; those behind the ones taken hold nothing that anybody wants."""
+        for layer in self.layers:
+            layer.show(rows)
+        try:
+            yield
+        finally:
+            for layer in self.layers:
+                layer.show(self.taken)
 
     def cache_of(self, row: int, seen: int) -> PowerRetentionCache:
         """A copy of one row, as the cache of a sequence that has read ``seen`` tokens."""

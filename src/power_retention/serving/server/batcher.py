@@ -22,6 +22,7 @@ from power_retention.models.fingerprint import fingerprint_model
 from power_retention.models.rows import PowerRetentionRows
 from power_retention.ops.state_file import load_states
 from power_retention.serving.sampling import Draw, Likelihood, draw_token, likelihood_of
+from power_retention.serving.server.steps import Steps
 from power_retention.serving.states import StateDirectory
 from power_retention.serving.text import TextStream, ending_tokens
 
@@ -144,7 +145,7 @@ class Batcher:
         self.model, self.tokenizer, self.users, self.waiting, self.piece = model, tokenizer, users, waiting, piece
         self.fingerprint = fingerprint_model(model)
         self.endings = ending_tokens(model, tokenizer)
-        self.rows = PowerRetentionRows(model.config.num_hidden_layers, users)
+        self._begin_anew()
         self._new: deque[Question] = deque()  # guarded by _changed, as is _closing
         self._reading: deque[Question] = deque()
         self._writing: list[_Answer] = []  # one a row, in the order of the rows
@@ -180,6 +181,10 @@ class Batcher:
         """Answers there is room for, answers being written, prompts being read, questions waiting, states being saved."""
         counts = {"writing": len(self._writing), "reading": len(self._reading), "waiting": len(self._new)}
         return {"users": self.users, **counts, "saving": self._saves}
+
+    def _begin_anew(self) -> None:
+        self.rows = PowerRetentionRows(self.model.config.num_hidden_layers, self.users)
+        self.steps = Steps.of(self.model, self.rows)
 
     def _run(self) -> None:
         with torch.inference_mode():
@@ -270,18 +275,16 @@ class Batcher:
         """Every answer's newest token is read, and the next one drawn."""
         if not self._writing:
             return
-        device = self.model.device
-        ids = torch.tensor([[answer.next] for answer in self._writing], device=device)
-        places = torch.tensor([[answer.seen] for answer in self._writing], device=device)
         try:
-            out = self.model(ids, position_ids=places, past_key_values=self.rows, use_cache=True, logits_to_keep=1)
+            logits = self.steps.take(
+                [answer.next for answer in self._writing], [answer.seen for answer in self._writing]
+            ).cpu()
         except Exception as error:  # what the rows hold now is not known
             for answer in self._writing:
                 answer.question.tell(Ended(answer.choice, reason="error", error=_sentence(error)))
             self._writing.clear()
-            self.rows = PowerRetentionRows(self.model.config.num_hidden_layers, self.users)
+            self._begin_anew()
             return
-        logits = out.logits[:, -1].cpu()
         # From the last row to the first: where one leaves, the row that moves there has had its turn.
         for row in reversed(range(len(self._writing))):
             answer = self._writing[row]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from pathlib import Path
 
 import pytest
@@ -290,3 +291,16 @@ class TestTraining:
         for piece in ids.split([40, 1, 1, 2], dim=1):
             logits.append(compiled(piece, past_key_values=cache).logits)
         assert_close(torch.cat(logits, 1), full_logits(model, ids))
+
+
+@pytest.mark.parametrize(("key_bias", "length", "said"), [(True, 256, 0), (True, 258, 1), (False, 258, 0)])
+def test_a_key_bias_beyond_its_positions_is_said_once(
+    key_bias: bool, length: int, said: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    logging.Logger.warning_once.cache_clear()  # type: ignore[attr-defined]
+    model = tiny_model(key_bias=key_bias)  # made for 256 positions
+    cache = PowerRetentionCache(model.config.num_hidden_layers)
+    for part in (*tokens(1, length - 2).split(100, 1), *tokens(1, 2).split(1, 1)):
+        model(part, past_key_values=cache, use_cache=True)
+    heard = [record for record in caplog.records if "convert --no-key-bias" in record.getMessage()]
+    assert len(heard) == said

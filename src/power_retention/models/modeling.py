@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -23,6 +24,8 @@ from power_retention.models.configuration import PowerRetentionConfig
 from power_retention.models.parts import PowerRetentionRotaryEmbedding, build_mlp, build_norm, init_experts
 from power_retention.ops import PowerState
 from power_retention.ops.ring import FOLD_SIZE
+
+logger = logging.get_logger(__name__)
 
 
 def build_mixer(config: PowerRetentionConfig) -> PowerRetentionMixer:
@@ -210,6 +213,7 @@ class PowerRetentionModel(PowerRetentionPreTrainedModel):
                 "Sequences packed with cu_seqlens are read without a cache; leave past_key_values to None."
             )
         tokens = hidden_states.shape[1]
+        self._check_reach(tokens, past_key_values)
         mask = padding_mask(attention_mask, tokens)
         if position_ids is None:
             seen = 0 if past_key_values is None else past_key_values.get_seq_length()
@@ -232,6 +236,18 @@ class PowerRetentionModel(PowerRetentionPreTrainedModel):
             cache = None if past_key_values is None else past_key_values.layers[i]
             hidden_states = layer(hidden_states, position_embeddings, mask, cu_seqlens, document_starts, cache)
         return PowerRetentionTrunkOutput(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def _check_reach(self, tokens: int, cache: PowerRetentionCache | None) -> None:
+        """Say once where a key bias is at positions that it may never have been trained at."""
+        if not self.config.key_bias or torch.compiler.is_compiling():
+            return
+        reach, read = self.config.max_position_embeddings, tokens + (0 if cache is None else cache.get_seq_length())
+        if read > reach:
+            logger.warning_once(
+                f"More than {reach:,} tokens are being read: the key biases of this model were learned at the positions of its "
+                "parent, which are no more, and beyond them it gets worse unless it was trained there since. Models for long "
+                "contexts are converted without (power-retention convert --no-key-bias)."
+            )
 
     def _run_piece(
         self,

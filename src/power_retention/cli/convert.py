@@ -33,8 +33,8 @@ def convert(
     key_bias: Annotated[
         bool,
         typer.Option(
-            help="Shift scores by a bias on rotated keys: a little better untrained or little trained; without it a model holds "
-            "beyond its parent's context."
+            help="Shift scores by a bias on rotated keys: a little better where training is short; without it a model "
+            "holds beyond its parent's context."
         ),
     ] = True,
     windows: Annotated[int, typer.Option(help="Windows of 512 tokens to calibrate on.")] = 8,

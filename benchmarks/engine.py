@@ -79,7 +79,11 @@ class Part:
 _GRAPHS = {"compilation_config": {"cudagraph_capture_sizes": [1, 8, 32, 64, 152]}, "max_num_batched_tokens": 8 * K}
 _CONNECTOR = {"kv_connector": "GivenContexts", "kv_connector_module_path": "given_contexts", "kv_role": "kv_both"}
 _BFLOAT16 = {"power_retention": {"state_dtype": "bfloat16"}}
-_TINY = {"enforce_eager": True, "max_num_batched_tokens": 64, "max_num_seqs": 4, "max_model_len": 256}
+_TINY = {
+    # On a CPU that is a share of its memory that must be free, whatever is taken of it.
+    "gpu_memory_utilization": 0.2,
+    "enforce_eager": True, "max_num_batched_tokens": 64, "max_num_seqs": 4, "max_model_len": 256,
+}  # fmt: skip
 PLANS: dict[str, dict[str, Part]] = {
     "smollm2-135m": {
         "states in float32": Part(
@@ -127,9 +131,15 @@ def write_models(folder: Path, shape: dict[str, Any]) -> None:
         kind(config).to(torch.bfloat16).save_pretrained(folder / name)  # type: ignore[arg-type]
 
 
+def computed_in() -> torch.dtype:
+    """bfloat16; not on a CPU, where vLLM's attention in it dies on an instruction that some lack."""
+    return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+
+
 def bytes_per_token(shape: dict[str, Any]) -> int:
-    """Of the Transformer's cache in bfloat16."""
-    return int(2 * 2 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * shape["head_dim"])
+    """Of the Transformer's cache."""
+    numbers = 2 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * shape["head_dim"]
+    return int(numbers * computed_in().itemsize)
 
 
 # ── one engine ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -152,7 +162,12 @@ class Engine:
             options = {**options, "additional_config": {"power_retention": {**ours, "states": str(states)}}}
         begun = time.perf_counter()
         self.llm: Any = LLM(
-            str(folder), dtype="bfloat16", skip_tokenizer_init=True, enable_prefix_caching=False, seed=0, **options
+            str(folder),
+            dtype=str(computed_in()).removeprefix("torch."),
+            skip_tokenizer_init=True,
+            enable_prefix_caching=False,
+            seed=0,
+            **options,
         )
         self.seconds_to_start = time.perf_counter() - begun
         self.names = itertools.count()

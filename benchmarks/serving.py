@@ -46,7 +46,7 @@ from transformers.cache_utils import DynamicLayer
 
 from power_retention.cli.env import collect
 from power_retention.conversion.families import parent_config_to_ours
-from power_retention.evaluation.figure import STUDENT_COLOUR, TEACHER_COLOUR
+from power_retention.evaluation.figure import STUDENT_COLOUR, TEACHER_COLOUR, against_context
 from power_retention.files import clear_write_errors, write_json
 from power_retention.machine import copy_rate
 from power_retention.models import PowerRetentionCache, PowerRetentionConfig, PowerRetentionForCausalLM
@@ -581,7 +581,6 @@ def draw(rows: list[dict[str, Any]], shapes: tuple[str, ...], path: Path, title:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import FuncFormatter
 
     figure, axes = plt.subplots(len(shapes), 3, figsize=(15, 4.2 * len(shapes)), constrained_layout=True, squeeze=False)
     for line, shape in zip(axes, shapes, strict=True):
@@ -592,15 +591,8 @@ def draw(rows: list[dict[str, Any]], shapes: tuple[str, ...], path: Path, title:
         for axis, label in zip(
             line, ("users that fit", "milliseconds a step", "tokens a second, all users"), strict=True
         ):
-            axis.set_xscale("log", base=2)
             axis.set_yscale("log")
-            axis.set_xticks(sorted({row["context"] for row in own if row.get("context")}))
-            axis.minorticks_off()
-            axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1024:g}k"))
-            axis.set_xlabel("context, tokens")
-            axis.set_ylabel(label)
-            axis.grid(alpha=0.25)
-            axis.spines[["top", "right"]].set_visible(False)
+            against_context(axis, sorted({row["context"] for row in own if row.get("context")}), label)
             axis.legend(frameon=False, fontsize=8)
         line[1].set_title(NAMES[shape])
     figure.suptitle(title)

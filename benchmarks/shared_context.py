@@ -20,10 +20,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from power_retention.files import write_json
-from power_retention.models import PowerRetentionForCausalLM
 from power_retention.training.context import bytes_received, share_context, sum_gradients
 from power_retention.training.segments import backward_in_segments, next_tokens, share_of_rank, trunk_of
-from training_models import our_config
+from training_models import random_ids, random_model
 
 
 def timed(call: Callable[[], Any], device: torch.device) -> float:
@@ -49,11 +48,8 @@ def measure(device: torch.device, quick: bool) -> dict[str, Any]:
     ranks = dist.get_world_size()
     tokens, segment = (64 * ranks, 16 * ranks) if quick else (1 << 18, 16384 * ranks)
     precision = torch.bfloat16 if device.type == "cuda" else None
-    torch.manual_seed(0)
-    with device:
-        config = our_config("tiny" if quick else "135m")
-        model = PowerRetentionForCausalLM(config).train()
-        ids = torch.randint(0, config.vocab_size, (1, tokens))
+    model = random_model("ours", "tiny" if quick else "135m", device)
+    ids = random_ids(model, 1, tokens, device)
     for x in (*model.parameters(), ids):
         dist.broadcast(x.data, 0)
     labels = next_tokens(ids)
@@ -94,7 +90,7 @@ def measure(device: torch.device, quick: bool) -> dict[str, Any]:
         "speed-up": seconds_alone / seconds_shared,
         "efficiency": seconds_alone / seconds_shared / ranks,
         "received bytes a rank": received,
-        "predicted bytes of a forward pass": bytes_received(config, ranks),
+        "predicted bytes of a forward pass": bytes_received(model.config, ranks),
         "exchanges": exchanges,
         "seconds of the exchanges alone": seconds_exchange,
         "share of the step": seconds_exchange / seconds_shared,

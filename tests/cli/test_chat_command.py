@@ -7,26 +7,14 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import transformers
 
 from power_retention.cli import main
 from power_retention.conversion.convert import convert, save_conversion
 from power_retention.conversion.source import open_source
-
-
-@pytest.fixture(autouse=True)
-def _library_settings() -> Iterator[None]:
-    """The commands silence transformers for good, which is right for a process and not for a test."""
-    logging = transformers.utils.logging
-    verbosity = logging.get_verbosity()
-    yield
-    logging.set_verbosity(verbosity)
-    logging.enable_progress_bar()
 
 
 @pytest.fixture(scope="module")

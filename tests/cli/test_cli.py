@@ -10,13 +10,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-import transformers
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
@@ -40,16 +39,6 @@ RECIPE = (
     "float32",
 )
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "80"}
-
-
-@pytest.fixture(autouse=True)
-def _library_settings() -> Iterator[None]:
-    """The commands silence transformers for good, which is right for a process and not for a test."""
-    logging = transformers.utils.logging
-    verbosity = logging.get_verbosity()
-    yield
-    logging.set_verbosity(verbosity)
-    logging.enable_progress_bar()
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,8 +93,7 @@ def run_tasks(
 ) -> dict[str, Any]:
     """Ask student, teacher and hard swap, one after the other; draw the figure; rows by benchmark, as plain values."""
     from power_retention.conversion.convert import hard_swap
-    from power_retention.evaluation.comparison import HARD_SWAP, STUDENT, TEACHER, compare
-    from power_retention.evaluation.figure import draw_recovery_figure
+    from power_retention.evaluation.comparison import HARD_SWAP, STUDENT, TEACHER
     from power_retention.evaluation.harness import HARNESS
 
     device, dtype = placement(options.precision)
@@ -111,10 +110,7 @@ def run_tasks(
         "batch_size": options.batch_size,
         "run_in": f"{str(dtype).removeprefix('torch.')} on {device.type}",
     }
-    rows = {row.benchmark.name: {**row.to_dict(), **run} for row in compare(suite.benchmarks, models)}
-    everything = report.get("tasks", {}) | rows
-    draw_recovery_figure(everything, out / "recovery.png", f"What is recovered of {source.name}")
-    return rows
+    return _compared(suite.benchmarks, models, run, source, report, out)
 
 
 def run_generated(
@@ -128,8 +124,7 @@ def run_generated(
     """The questions of files, as :func:`run_tasks`; what each model wrote goes to ``generated.jsonl``."""
     from power_retention import __version__
     from power_retention.conversion.convert import hard_swap
-    from power_retention.evaluation.comparison import HARD_SWAP, STUDENT, TEACHER, compare
-    from power_retention.evaluation.figure import draw_recovery_figure
+    from power_retention.evaluation.comparison import HARD_SWAP, STUDENT, TEACHER
     from power_retention.evaluation.generated import benchmarks_of, check_lengths, generate_answers, score_answers
     from power_retention.evaluation.long.asking import Effort
     from power_retention.evaluation.long.context import Encoder
@@ -153,7 +148,6 @@ def run_generated(
     scores = {name: score_answers(questions, answers) for name, answers in written.items()}
     by = f"power-retention {__version__}"
     run = {"harness": by, "limit": options.limit, "run_in": f"{str(dtype).removeprefix('torch.')} on {device.type}"}
-    rows = {row.benchmark.name: {**row.to_dict(), **run} for row in compare(benchmarks_of(questions), scores)}
     with clear_write_errors(out), replacement(out / "generated.jsonl") as partial:
         lines = zip(questions, *written.values(), strict=True)
         records = [
@@ -162,6 +156,22 @@ def run_generated(
             for question, *texts in lines
         ]
         partial.write_text("".join(map(json_line, records)), encoding="utf-8")
+    return _compared(benchmarks_of(questions), scores, run, source, report, out)
+
+
+def _compared(
+    benchmarks: Sequence[Benchmark],
+    scores: Mapping[str, Mapping[str, Scores]],
+    run: Mapping[str, Any],
+    source: Source,
+    report: dict[str, Any],
+    out: Path,
+) -> dict[str, Any]:
+    """Rows by benchmark, with how they came about; the figure shows them beside those of earlier calls."""
+    from power_retention.evaluation.comparison import compare
+    from power_retention.evaluation.figure import draw_recovery_figure
+
+    rows = {row.benchmark.name: {**row.to_dict(), **run} for row in compare(benchmarks, scores)}
     draw_recovery_figure(report.get("tasks", {}) | rows, out / "recovery.png", f"What is recovered of {source.name}")
     return rows
 

@@ -13,13 +13,26 @@ from power_retention.files import clear_write_errors
 TEACHER_COLOUR, STUDENT_COLOUR, PLAIN_COLOUR = "#b0413e", "#2f6690", "#b8b8b8"
 
 
+def against_context(axis: Any, contexts: Sequence[int], label: str) -> None:
+    """Let an axis of matplotlib show ``label`` against contexts, which are its ticks."""
+    from matplotlib.ticker import FuncFormatter
+
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(contexts)
+    axis.minorticks_off()
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1024:g}k"))
+    axis.set_xlabel("context, tokens")
+    axis.set_ylabel(label)
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
 def draw_decode_figure(teacher: Sequence[DecodePoint], student: Sequence[DecodePoint], path: Path, title: str) -> None:
     """Time a token and resident memory against context, teacher and student, as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import FuncFormatter
 
     figure, (time_axis, memory_axis) = plt.subplots(1, 2, figsize=(10, 4.2), constrained_layout=True)
     contexts = [point.context for point in student]
@@ -32,15 +45,8 @@ def draw_decode_figure(teacher: Sequence[DecodePoint], student: Sequence[DecodeP
         time_axis.fill_between(x, [p.low for p in points], [p.high for p in points], color=colour, alpha=0.15, lw=0)
         memory_axis.plot(x, [p.resident_gb for p in points], "o-", color=colour, label=name)
     for axis, label in ((time_axis, "milliseconds a token"), (memory_axis, "resident memory, GB")):
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(contexts)
-        axis.minorticks_off()
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1024:g}k"))
+        against_context(axis, contexts, label)
         axis.set_ylim(bottom=0)
-        axis.set_xlabel("context, tokens")
-        axis.set_ylabel(label)
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
     time_axis.legend(frameon=False)
     figure.suptitle(title)
     with clear_write_errors(path):
@@ -54,7 +60,6 @@ def draw_plan_figure(plan: Plan, path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import FuncFormatter
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), constrained_layout=True)
     for servings, name, colour in (
@@ -65,15 +70,8 @@ def draw_plan_figure(plan: Plan, path: Path) -> None:
             served = [(serving.context, getattr(serving, field)) for serving in servings if serving.users]
             axis.plot(*zip(*served, strict=True), "o-", color=colour, label=name) if served else None
     for axis, label in zip(axes, ("users", "tokens a second, all users"), strict=True):
-        axis.set_xscale("log", base=2)
         axis.set_yscale("log")
-        axis.set_xticks([serving.context for serving in plan.student])
-        axis.minorticks_off()
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1024:g}k"))
-        axis.set_xlabel("context, tokens")
-        axis.set_ylabel(label)
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
+        against_context(axis, [serving.context for serving in plan.student], label)
     axes[0].legend(frameon=False)
     figure.suptitle(f"{plan.name} on {plan.gpus} × {plan.gpu.name}: what fits, and its bandwidth bound")
     with clear_write_errors(path):

@@ -155,7 +155,9 @@ def alone(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
     return train(ALONE, Task(models, tmp_path_factory.mktemp("runs") / "alone"))
 
 
-@pytest.mark.parametrize(("size", "dp_replicate"), [(2, 1), (4, 1), (4, 2)], ids=["2", "4", "2 groups of 2"])
+@pytest.mark.parametrize(
+    ("size", "dp_replicate"), [(2, 1), (4, 1), (4, 2), (2, 2)], ids=["2", "4", "2 groups of 2", "2 of all"]
+)
 def test_any_number_of_ranks_computes_the_same(
     models: Path, alone: Done, tmp_path: Path, size: int, dp_replicate: int
 ) -> None:
@@ -174,7 +176,10 @@ def shards(stories_dir: Path, stories_text: Path, tmp_path_factory: pytest.TempP
     return folder
 
 
-def test_packed_documents_with_unequal_numbers_of_labels(stories_dir: Path, shards: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dp_replicate", [1, 2])
+def test_packed_documents_with_unequal_numbers_of_labels(
+    stories_dir: Path, shards: Path, tmp_path: Path, dp_replicate: int
+) -> None:
     """The mean is that over all labels, however they are spread over the ranks; on real weights with a tied head."""
     teacher = AutoModelForCausalLM.from_pretrained(stories_dir)
     teacher.save_pretrained(tmp_path / "teacher")
@@ -186,7 +191,7 @@ def test_packed_documents_with_unequal_numbers_of_labels(stories_dir: Path, shar
     ]
     assert max(with_borders) > 5
     alone = train(ALONE, replace(task, run=tmp_path / "alone"))
-    for done in in_ranks(train, 2, task):
+    for done in in_ranks(train, 2, task, dp_replicate=dp_replicate):
         assert_near(done.losses, alone.losses)
 
 
@@ -340,9 +345,10 @@ class TestNothingIsLost:
     def test_resumed_by_other_numbers_of_ranks(self, models: Path, alone: Done, tmp_path: Path) -> None:
         task = Task(models, tmp_path)
         losses = []
-        for size, stop in ((1, 2), (2, 4), (4, 6)):
+        for size, dp_replicate, stop in ((1, 1, 2), (2, 1, 3), (2, 2, 5), (4, 1, 6)):
             run = replace(task, stop_after=stop)
-            losses += (in_ranks(train, size, run)[0] if size > 1 else train(ALONE, run)).losses
+            done = in_ranks(train, size, run, dp_replicate=dp_replicate)[0] if size > 1 else train(ALONE, run)
+            losses += done.losses
         losses += train(ALONE, task).losses
         assert_near(losses, alone.losses)
 

@@ -82,13 +82,19 @@ def retrain(
     ] = None,
     recorded: Annotated[
         bool | None,
-        typer.Option("--record/--no-record", help="Replay steps as a CUDA graph; by default on one GPU."),
+        typer.Option(
+            "--record/--no-record", help="Replay steps as a CUDA graph; by default on a GPU that holds all weights."
+        ),
     ] = None,
     recompute: Annotated[
         bool, typer.Option("--recompute", help="Compute layers again in the backward pass: less memory, more time.")
     ] = False,
     replicas: Annotated[
-        int, typer.Option(help="Of several processes: groups that each hold all weights; 1 divides them among all.")
+        int,
+        typer.Option(
+            help="Of several processes: groups that each hold all weights; 1 divides them among all, as many as processes "
+            "divide nothing but batches, which suits a small model."
+        ),
     ] = 1,
     held_out: Annotated[
         list[str] | None,
@@ -170,7 +176,7 @@ def retrain(
             tokens = mixture or _tokenize(documents, source, recipe, _PROBE_TOKENS if timed else None)
         options: dict[str, Any] = {"device": place, "compiled": compiled, "recompute": recompute, "ranks": ranks}
         if recorded is None:
-            recorded = place.type == "cuda" and ranks.size == 1 and not recompute
+            recorded = place.type == "cuda" and not recompute and (ranks.size == 1 or ranks.replicas)
         options["recorded"] = recorded
         retraining = Retraining(student, source.model, tokens, recipe, **options)
         if timed:

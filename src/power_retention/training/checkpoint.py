@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
+from torch.distributed.tensor import DTensor
 
 from power_retention.errors import CheckpointError, OutputError
 from power_retention.files import clear_write_errors, sync_folder, write_json
@@ -88,7 +89,7 @@ class Checkpoints:
 
     def _copied(self, tensors: dict[str, Any]) -> dict[str, Any]:
         """The same in host memory; of divided ones, this rank's parts."""
-        if self.ranks.size == 1:
+        if not any(isinstance(value, DTensor) for value in tensors.values()):
             return {name: value.to("cpu", copy=True) for name, value in tensors.items()}
         if self._stager is None:
             on_gpu = any(value.is_cuda for value in tensors.values())

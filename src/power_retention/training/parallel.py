@@ -7,7 +7,7 @@ them out (FSDP2; both above one is HSDP).  A run in one process is the case in w
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -55,6 +55,11 @@ class Ranks:
         """Whether this is the one that keeps the records."""
         return self.rank == 0
 
+    @property
+    def replicas(self) -> bool:
+        """Whether every one of several ranks holds all weights: nothing is divided but the batch."""
+        return self.mesh is not None and self.mesh["dp_shard"].size() == 1
+
     def rows(self, batch: int) -> slice:
         """Which sequences of a batch this rank reads.
 
@@ -76,6 +81,21 @@ class Ranks:
         total = x.detach().clone()
         dist.all_reduce(total)
         return total / self.size
+
+    def average_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """The mean over ranks of gradients that each computed whole, in place; one message for all of them."""
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        mean = self.mean(torch.cat([gradient.flatten() for gradient in gradients]))
+        parts = mean.split([gradient.numel() for gradient in gradients])
+        torch._foreach_copy_(gradients, [part.view_as(own) for part, own in zip(parts, gradients, strict=True)])
+
+    def most(self, count: int) -> int:
+        """The largest of the ranks' counts."""
+        if self.size == 1:
+            return count
+        largest = torch.tensor(count)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.control)
+        return int(largest)
 
     def mean_of(self, values: Mapping[str, float]) -> dict[str, float]:
         """The mean over ranks of each number."""
@@ -218,7 +238,9 @@ def parallelize(
     fully_shard(root or model, mesh=mesh)
 
 
-def hand_out(model: nn.Module, ranks: Ranks, device: torch.device, shard: Callable[[], None]) -> None:
+def hand_out(
+    model: PreTrainedModel, ranks: Ranks, device: torch.device, shard: Callable[[], None] | None = None
+) -> None:
     """Shard a model and give every rank its part of the first rank's weights and buffers.
 
     Only the first rank needs them; elsewhere the model may be on the meta device.  One parameter at a time is whole.
@@ -227,13 +249,18 @@ def hand_out(model: nn.Module, ranks: Ranks, device: torch.device, shard: Callab
         model: in place.
         ranks: more than one.
         device: of this rank.
-        shard: does the sharding.
+        shard: does the sharding; without, every rank gets everything.
     """
     whole = {name: value.detach() for name, value in _named_tensors(model)} if ranks.first else {}
     dtypes = ranks.same({name: value.dtype for name, value in whole.items()})
-    shard()
+    if shard is not None:
+        shard()
     if any(value.is_meta for _, value in _named_tensors(model)):
         model.to_empty(device=device)
+        if shard is None:
+            model.tie_weights()  # each got memory of its own
+    elif shard is None:
+        model.to(device)
     for name, value in _named_tensors(model):
         if ranks.first:
             full = whole.pop(name).to(device, copy=True)

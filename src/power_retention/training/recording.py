@@ -39,7 +39,8 @@ class Recording(Generic[Inputs]):
                 self._set_gradients({})
         torch.cuda.current_stream().wait_stream(aside)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool):
+        # Other threads, NCCL's for one, may go on asking the device what it has done.
+        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
             self.figures = compute(self.inputs)
         self.gradients = {i: p.grad for i, p in enumerate(parameters) if p.grad is not None}
 

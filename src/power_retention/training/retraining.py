@@ -52,10 +52,12 @@ class Retraining:
         recipe: what to do.
         device: where; both models are moved there.  By default where the student is.
         compiled: fuse the layers and the loss by ``torch.compile``: the first step of a stage takes a minute longer then.
-        recorded: replay a step's gradients from a CUDA graph, which a small model needs to keep a GPU busy; in one process.
+        recorded: replay a step's gradients from a CUDA graph, which a small model needs to keep a GPU busy; where every rank
+            holds all weights.
         recompute: keep a layer's input only and compute the layer again in the backward pass: less memory, a third more work.
-        ranks: the processes that share the work.  Both models are sharded over them, with the weights of the first rank; the
-            others may bring theirs on the meta device.  Every batch is the recipe's, whoever reads which part of it.
+        ranks: the processes that share the work.  Both models are sharded over them, unless each is to hold all weights, with
+            those of the first rank; the others may bring theirs on the meta device.  Every batch is the recipe's, whoever
+            reads which part of it.
 
     Attributes:
         trunk: the student up to its last hidden state: what is called.
@@ -76,8 +78,10 @@ class Retraining:
         recompute: bool = False,
         ranks: Ranks = ALONE,
     ) -> None:
-        if recorded and (ranks.size > 1 or recompute):
-            raise ArgumentError("A step can be recorded in one process, and without computing layers again.")
+        if recorded and (recompute or (ranks.size > 1 and not ranks.replicas)):
+            raise ArgumentError(
+                "A step can be recorded where every rank holds all weights, and without computing layers again."
+            )
         self.student, self.teacher, self.tokens, self.recipe = student, teacher, tokens, recipe
         self.device, self.compiled, self.ranks = device or student.device, compiled, ranks
         self.rows, self.data_shift = ranks.rows(recipe.batch), 0
@@ -90,7 +94,7 @@ class Retraining:
         student.train()
         if compiled:
             compile_layers(teacher.model.layers)
-            compile_layers(student.model.layers, whole=ranks.size == 1)
+            compile_layers(student.model.layers, whole=ranks.size == 1 or ranks.replicas)
         if recompute:
             recompute_layers(student.model.layers)
         self.taught = self._place(teacher)
@@ -131,7 +135,10 @@ class Retraining:
         return figures | {"gradient_norm": _clip(self._trained, self.recipe.clip)}
 
     def _gradients(self, read: _Reading, stage: Stage) -> Figures:
-        return self._align(read) if stage == "align" else self._distil(read)
+        figures = self._align(read) if stage == "align" else self._distil(read)
+        if self.ranks.replicas:
+            self.ranks.average_gradients(self._trained)
+        return figures
 
     def _metrics(self, figures: Figures) -> Metrics:
         """Figures of this rank as numbers of all; the gradient's norm is everyone's already."""
@@ -188,8 +195,9 @@ class Retraining:
         if self.device.type != "cuda":
             torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)
             return cu_seqlens
-        if len(cu_seqlens) > self._pieces:
-            self._pieces = 2 << len(cu_seqlens).bit_length()
+        most = self.ranks.most(len(cu_seqlens))  # all ranks record anew, or none
+        if most > self._pieces:
+            self._pieces = 2 << most.bit_length()
         return F.pad(cu_seqlens, (0, self._pieces - len(cu_seqlens)), value=int(cu_seqlens[-1]))
 
     def _align(self, read: _Reading) -> Figures:
@@ -238,6 +246,8 @@ class Retraining:
         trunk, mesh = Trunk(model), self.ranks.mesh
         if mesh is None:
             model.to(self.device)
+        elif self.ranks.replicas:
+            hand_out(model, self.ranks, self.device)
         else:
             hand_out(model, self.ranks, self.device, lambda: parallelize(model, mesh, dtype, root=trunk))
             make_root(trunk)

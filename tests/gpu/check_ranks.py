@@ -55,7 +55,7 @@ def trained(ranks: Ranks, device: torch.device, models: Path, run: Path, options
     student = AutoModelForCausalLM.from_pretrained(models / "student", dtype=torch.float32)
     teacher = AutoModelForCausalLM.from_pretrained(models / "teacher", dtype=torch.float32)
     ids = np.random.default_rng(0).integers(0, student.config.vocab_size, 4_000_000, dtype=np.int32)
-    named = {"compiled": options["compiled"], "recompute": options["recompute"]}
+    named = {name: options[name] for name in ("compiled", "recompute", "recorded")}
     retraining = Retraining(
         student, teacher, Tokens(ids, np.array([0, len(ids)])), recipe, device=device, ranks=ranks, **named
     )
@@ -101,7 +101,7 @@ class Runs:
         self.count += 1
         path = self.folder / (run or f"run{self.count}")
         recipe = replace(self.recipe, precision=options.pop("precision", self.recipe.precision))
-        chosen = {"compiled": False, "recompute": False, "stop_after": None, **options}
+        chosen = {"compiled": False, "recompute": False, "recorded": False, "stop_after": None, **options}
         asked = json.dumps({"device": self.device, "replicas": replicas, "recipe": asdict(recipe), **chosen})
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus)]
         subprocess.run(
@@ -149,6 +149,11 @@ def check(gpus: int, name: str, layers: int | None, batch: int, length: int, dev
         fast = runs(gpus, **options)
         compare("compiled, layers computed again", fast[0]["losses"], straight, ROUNDING["bfloat16"])
         report["tokens/s, compiled"] = fast[0]["tokens_per_second"]
+        recorded = {"precision": "bfloat16", "compiled": device == "cuda", "recorded": device == "cuda"}
+        alone, copies = runs(1, **recorded)[0], runs(gpus, replicas=gpus, **recorded)
+        for what, got in (("one GPU, recorded", alone), ("all hold everything, recorded", copies[0])):
+            compare(what, got["losses"], straight, ROUNDING["bfloat16"])
+        report["tokens/s, recorded"] = {"one": alone["tokens_per_second"], "all": copies[0]["tokens_per_second"]}
         first = runs(gpus, run="resumed", precision="bfloat16", stop_after=5)[0]["losses"]
         rest = runs(gpus, run="resumed", precision="bfloat16")[0]["losses"]
         compare("stopped and resumed", first + rest, straight, 0.0)

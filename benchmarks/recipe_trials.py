@@ -43,6 +43,7 @@ class Trial:
 TRIALS = {
     "align 30 %, then distil": Trial(),
     "the same, two to three times the rates": Trial(recipe={"align_share": 0.3, "mixer_lr": 2e-3, "other_lr": 1e-3}),
+    "the same, rates down to nothing": Trial(recipe={"align_share": 0.3, "final_share": 0.0, **RATES}),
     "the published way: hard swap, next-token loss": Trial(
         "hard swap", {"align_share": 0.0, "next_token_weight": 1.0, **RATES}
     ),

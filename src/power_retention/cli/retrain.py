@@ -72,6 +72,9 @@ def retrain(
     other_lr: Annotated[
         float | None, typer.Option(help="Learning rate of everything else meanwhile; 1e-4 to 3e-4, by the tokens.")
     ] = None,
+    final_share: Annotated[
+        float | None, typer.Option(help="Share of their peak that learning rates fall to; a tenth.")
+    ] = None,
     precision: Annotated[
         str, typer.Option(help="float32, bfloat16, or auto: whichever multiplies faster here.")
     ] = "auto",
@@ -159,6 +162,7 @@ def retrain(
                 "mixer_lr": mixer_lr,
                 "other_lr": other_lr,
                 "align_share": align_share,
+                "final_share": final_share,
             }
             if check_precision(precision) == "auto":
                 precision = ranks.same(fastest_precision(place))

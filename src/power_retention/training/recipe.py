@@ -27,7 +27,8 @@ class Recipe:
         align_lr: peak learning rate of the mixers while aligning.
         mixer_lr: their peak learning rate while distilling.
         other_lr: peak learning rate of everything else, which is trained while distilling only.
-        warmup_share: share of each stage spent warming up; the rest is a cosine down to a tenth.
+        warmup_share: share of each stage spent warming up; the rest is a cosine.
+        final_share: share of its peak that the learning rate falls to at the end of a stage.
         clip: largest gradient norm.
         next_token_weight: weight of the next-token loss in the distillation.
         seed: of the data order and the positions.
@@ -42,6 +43,7 @@ class Recipe:
     mixer_lr: float = 5e-4
     other_lr: float = 1e-4
     warmup_share: float = 0.05
+    final_share: float = 0.1
     clip: float = 1.0
     next_token_weight: float = 0.0
     seed: int = 0
@@ -52,8 +54,9 @@ class Recipe:
             raise ArgumentError(
                 f"A recipe needs at least 1 step, 1 sequence and 2 tokens, not {self.steps}, {self.batch} and {self.length}."
             )
-        if not 0 <= self.align_share <= 1:
-            raise ArgumentError(f"align_share must lie in [0, 1], not {self.align_share}.")
+        for name, share in (("align_share", self.align_share), ("final_share", self.final_share)):
+            if not 0 <= share <= 1:
+                raise ArgumentError(f"{name} must lie in [0, 1], not {share}.")
 
     @property
     def align_steps(self) -> int:
@@ -70,7 +73,7 @@ class Recipe:
         return "align" if step < self.align_steps else "distil"
 
     def learning_rates(self, step: int) -> tuple[float, float]:
-        """(of the mixers, of everything else): warm-up, then a cosine down to a tenth, once a stage."""
+        """(of the mixers, of everything else): warm-up, then a cosine, once a stage."""
         if self.stage(step) == "align":
             return self.align_lr * self._schedule(step, self.align_steps), 0.0
         factor = self._schedule(step - self.align_steps, self.steps - self.align_steps)
@@ -80,7 +83,8 @@ class Recipe:
         warmup = max(1, round(self.warmup_share * length))
         if step < warmup:
             return (step + 1) / warmup
-        return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warmup) / max(1, length - warmup)))
+        cosine = (1 + math.cos(math.pi * (step - warmup) / max(1, length - warmup))) / 2
+        return self.final_share + (1 - self.final_share) * cosine
 
     @classmethod
     def usual(cls, steps: int, *, batch: int, length: int, **given: Any) -> Recipe:

@@ -502,3 +502,17 @@ class Shifted(Retraining):
 def train_shifted(ranks: Ranks, task: Task, first: int, shift: int) -> Done:
     Shifted.first, Shifted.shift = first, shift
     return train(ranks, task, Shifted)
+
+
+def leave(ranks: Ranks, notes: Path) -> None:
+    def still_together() -> None:
+        together = torch.tensor(ranks.rank)
+        torch.distributed.all_reduce(together)
+        (notes / str(ranks.rank)).write_text(str(int(together)))
+
+    ranks.before_leaving.append(still_together)
+
+
+def test_what_is_to_be_done_before_the_ranks_part_is_done_while_they_are_together(tmp_path: Path) -> None:
+    in_ranks(leave, 2, tmp_path)
+    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["1", "1"]

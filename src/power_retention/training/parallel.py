@@ -42,6 +42,8 @@ class Ranks:
         mesh: ``(dp_replicate, dp_shard)``; None where there is one process.
         control: a group for small messages between hosts.
         background: another, for a thread that writes checkpoints meanwhile.
+        before_leaving: called before the processes part: a CUDA graph that holds messages must be gone by then, or NCCL waits
+            for it for ever.
     """
 
     rank: int = 0
@@ -49,6 +51,7 @@ class Ranks:
     mesh: DeviceMesh | None = None
     control: Any = field(default=None, repr=False)
     background: Any = field(default=None, repr=False)
+    before_leaving: list[Callable[[], None]] = field(default_factory=list, repr=False)
 
     @property
     def first(self) -> bool:
@@ -174,13 +177,16 @@ def joined_ranks(device: torch.device, *, dp_replicate: int = 1) -> Iterator[Ran
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     control, background = (dist.new_group(backend="gloo", timeout=_PATIENCE) for _ in range(2))
+    ranks = Ranks(dist.get_rank(), size, make_mesh(device.type, size, dp_replicate), control, background)
     try:
-        yield Ranks(dist.get_rank(), size, make_mesh(device.type, size, dp_replicate), control, background)
+        yield ranks
         dist.barrier(control)  # gloo aborts where one leaves while another still listens
     except RunInterrupted:
         dist.barrier(control)
         raise
     finally:
+        for leave in ranks.before_leaving:
+            leave()
         dist.destroy_process_group()
 
 

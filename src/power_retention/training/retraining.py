@@ -88,6 +88,8 @@ class Retraining:
         self._ahead: tuple[int, _Reading] | None = None
         self._recordings: dict[Stage, Recording[_Reading]] | None = {} if recorded else None
         self._pool = torch.cuda.graph_pool_handle() if recorded else None
+        if recorded and ranks.size > 1:
+            ranks.before_leaving.append(self._forget_recordings)
         self._pieces = 0
         self.dtype = torch.bfloat16 if recipe.precision == "bfloat16" else torch.float32
         prepare_teacher(teacher, self.dtype)
@@ -155,9 +157,17 @@ class Retraining:
         assert self._recordings is not None
         if stage not in self._recordings or not self._recordings[stage].fits(read):
             self._recordings.pop(stage, None)
+            if not self._recordings:
+                self._pool = torch.cuda.graph_pool_handle()  # a pool that nothing recorded uses is gone
             compute = partial(self._clipped_gradients, stage=stage)
             self._recordings[stage] = Recording(compute, read, self._trained, self._pool)
         return self._recordings[stage]
+
+    def _forget_recordings(self) -> None:
+        assert self._recordings is not None
+        for recording in self._recordings.values():
+            recording.graph.reset()
+        self._recordings.clear()
 
     @property
     def _trained(self) -> list[Tensor]:

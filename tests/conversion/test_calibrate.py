@@ -62,9 +62,7 @@ def shifted(source: Source, windows: Tensor) -> Calibrated:
 
 
 @pytest.mark.parametrize("key_bias", [False, True])
-def test_every_layer_comes_closer_to_its_attention(
-    calibrated: Calibrated, shifted: Calibrated, key_bias: bool
-) -> None:
+def test_every_layer_comes_closer_to_its_attention(calibrated: Calibrated, shifted: Calibrated, key_bias: bool) -> None:
     _, reports = shifted if key_bias else calibrated
     assert [report.layer for report in reports] == [0, 1, 2, 3, 4]
     assert all(report.error_after < (0.85 if key_bias else 0.98) * report.error_before for report in reports)

@@ -29,7 +29,9 @@ def convert(
     text: Text = None,
     text_field: TextField = "text",
     power: Annotated[int, typer.Option("--power", "-p", help="The even power p.")] = 2,
-    calibrate: Annotated[bool, typer.Option(help="Set gates and output scales (and key biases) from a little text.")] = True,
+    calibrate: Annotated[
+        bool, typer.Option(help="Set gates and output scales (and key biases) from a little text.")
+    ] = True,
     key_bias: Annotated[
         bool,
         typer.Option(

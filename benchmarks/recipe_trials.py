@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from power_retention.conversion.convert import calibration_windows, convert, hard_swap
@@ -48,27 +49,26 @@ TRIALS = {
         "hard swap", {"align_share": 0.0, "next_token_weight": 1.0, **RATES}
     ),
     "without aligning": Trial(recipe={"align_share": 0.0, **RATES}),
-    "without a key bias": Trial("no key bias"),
+    "with a key bias": Trial("key bias"),
     "without gate biases": Trial("no gate bias"),
 }
 
 
-def without_biases(
-    teacher: PreTrainedModel, calibrated: PowerRetentionForCausalLM, **lacking: bool
-) -> PowerRetentionForCausalLM:
-    """A swap that lacks a bias, and has of the calibration what it can hold."""
-    student = swap_attention(copy.deepcopy(teacher), **lacking)
+def without_gate_bias(teacher: PreTrainedModel, calibrated: PowerRetentionForCausalLM) -> PowerRetentionForCausalLM:
+    """A swap with bare gates that has of the calibration what it can hold."""
+    student = swap_attention(copy.deepcopy(teacher), gate_bias=False)
     student.load_state_dict(calibrated.state_dict(), strict=False)
     return student
 
 
-def starts(source: Source, calibrated: PowerRetentionForCausalLM) -> dict[str, Callable[[], PowerRetentionForCausalLM]]:
+def starts(source: Source, windows: Tensor) -> dict[str, Callable[[], PowerRetentionForCausalLM]]:
     """What makes each start anew."""
+    calibrated = convert(source, windows).student
     return {
         "calibrated": lambda: copy.deepcopy(calibrated),
         "hard swap": lambda: hard_swap(source.model),
-        "no key bias": lambda: without_biases(source.model, calibrated, key_bias=False),
-        "no gate bias": lambda: without_biases(source.model, calibrated, gate_bias=False),
+        "key bias": lambda: convert(source, windows, key_bias=True).student,
+        "no gate bias": lambda: without_gate_bias(source.model, calibrated),
     }
 
 
@@ -112,8 +112,7 @@ def main() -> None:
     )
     length = min(512, arguments.length)
     ids = mixture.batch(0, batch=24, length=length, seed=1).ids.flatten()
-    calibrated = convert(source, calibration_windows(ids, count=24, length=length)).student
-    makers = starts(source, calibrated)
+    makers = starts(source, calibration_windows(ids, count=24, length=length))
     for name in arguments.only:
         trial = TRIALS[name]
         recipe = Recipe(

@@ -311,7 +311,7 @@ def caches_of(config: PreTrainedConfig, settings: Settings, context: int) -> Cal
 
 def our_config(parent: PreTrainedConfig) -> PowerRetentionConfig:
     """The same shape with our mixers."""
-    return parent_config_to_ours(parent, p=2, gate_bias=True, key_bias=True, chunk_size=None, parent=None)
+    return parent_config_to_ours(parent, p=2, gate_bias=True, key_bias=False, chunk_size=None, parent=None)
 
 
 def measure_users(report: Report, shape: str, settings: Settings) -> None:

@@ -146,6 +146,15 @@ class TestTheWholePath:
         assert all(layer["error_after"] < layer["error_before"] for layer in report["layers"])
         assert json.loads((path.converted / "conversion.json").read_text())["source"] == report["source"]
 
+    @pytest.mark.parametrize(("flags", "has"), [((), False), (("--no-key-bias",), False), (("--key-bias",), True)])
+    def test_a_key_bias_is_asked_for(
+        self, stories_dir: Path, stories_text: Path, tmp_path: Path, here: Here, flags: tuple[str, ...], has: bool
+    ) -> None:
+        out = tmp_path / "converted"
+        shown = here("convert", stories_dir, out, "--text", stories_text, "--windows", "1", *flags)
+        assert ("key-bias fit" in " ".join(shown.out.split())) == has
+        assert any(name.endswith("k_bias") for name in load_file(out / "model.safetensors")) == has
+
     def test_an_interrupt_is_no_accident(self, path: WholePath) -> None:
         assert path.interrupted.code == 75
         assert "Stopped after step" in path.interrupted.err

@@ -65,13 +65,25 @@ def test_what_is_saved_loads_back_equal(conversion: Conversion, source: Source, 
 
 
 def test_without_text_it_is_the_bare_swap(source: Source, tmp_path: Path) -> None:
-    bare = convert(source, None, p=4, chunk_size=32)
+    bare = convert(source, None, p=4, chunk_size=32, key_bias=True)
     assert bare.layers == []
     assert not bare.student.model.layers[0].self_attn.k_bias.any()
     save_conversion(bare, tmp_path / "bare")
     assert not (tmp_path / "bare" / "calibration.safetensors").exists()
     config = AutoModelForCausalLM.from_pretrained(tmp_path / "bare").config
     assert (config.power, config.chunk_size) == (4, 32)
+
+
+def test_a_key_bias_is_there_when_asked_for(conversion: Conversion, source: Source, tmp_path: Path) -> None:
+    """A saved model keeps what it has, also one whose configuration does not name it."""
+    save_conversion(conversion, tmp_path / "plain")
+    assert json.loads((tmp_path / "plain" / "config.json").read_text())["key_bias"] is False
+    assert all(mixer.k_bias is None for mixer in AutoModelForCausalLM.from_pretrained(tmp_path / "plain").mixers)
+    save_conversion(convert(source, None, key_bias=True), tmp_path / "biased")
+    config = json.loads((tmp_path / "biased" / "config.json").read_text())
+    assert config.pop("key_bias") is True
+    (tmp_path / "biased" / "config.json").write_text(json.dumps(config))
+    assert all(mixer.k_bias is not None for mixer in AutoModelForCausalLM.from_pretrained(tmp_path / "biased").mixers)
 
 
 @pytest.mark.parametrize("key_bias", [False, True])

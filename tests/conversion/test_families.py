@@ -26,7 +26,7 @@ LARGEST_KL = 1e-7
 
 def swapped(kind: str) -> PowerRetentionForCausalLM:
     """A swap whose key biases and gates are not those that softmax would never notice."""
-    student = swap_attention(tiny_parent(kind)).eval()
+    student = swap_attention(tiny_parent(kind), key_bias=True).eval()
     for mixer in student.mixers:
         nn.init.normal_(mixer.k_bias, generator=torch.Generator().manual_seed(3))
         nn.init.constant_(mixer.g_proj.bias, 0.5)
@@ -161,7 +161,7 @@ def test_from_a_folder_to_a_folder_with_calibration(kind: str, stories_dir: Path
     parent.resize_token_embeddings(512, mean_resizing=False)
     parent.save_pretrained(tmp_path)
     source = open_source(tmp_path)
-    conversion: Conversion = convert(source, torch.randint(3, 500, (4, 128)))
+    conversion: Conversion = convert(source, torch.randint(3, 500, (4, 128)), key_bias=True)
     before, after = (
         sum(getattr(layer, f"error_{when}") for layer in conversion.layers) for when in ("before", "after")
     )

@@ -27,7 +27,7 @@ FLAGS = {
     "glm4_moe": {"qkv_bias", "qk_norm"},
     "starcoder2": {"qkv_bias", "out_bias", "mlp_bias"},
 }
-NEW = ("g_proj.weight", "g_proj.bias", "k_bias")
+NEW = ["g_proj.weight", "g_proj.bias"]
 
 
 @pytest.fixture
@@ -35,16 +35,17 @@ def parent() -> PreTrainedModel:
     return tiny_parent("llama")
 
 
+@pytest.mark.parametrize("key_bias", [False, True])
 @every_family
-def test_it_stays_the_same_object_with_the_same_parameters(kind: str) -> None:
+def test_it_stays_the_same_object_with_the_same_parameters(kind: str, key_bias: bool) -> None:
     model = tiny_parent(kind)
     before = dict(model.named_parameters())
     values = {name: value.detach().clone() for name, value in before.items()}
-    assert swap_attention(model) is model
+    assert swap_attention(model, **{"key_bias": True} if key_bias else {}) is model
     assert type(model) is PowerRetentionForCausalLM
     after = dict(model.named_parameters())
     assert {name for name in after if name not in before} == {
-        f"model.layers.{i}.self_attn.{n}" for i in (0, 1) for n in NEW
+        f"model.layers.{i}.self_attn.{n}" for i in (0, 1) for n in NEW + ["k_bias"] * key_bias
     }
     for name, value in before.items():
         assert after[name] is value
@@ -122,7 +123,7 @@ def test_the_whole_mixer_against_the_formula(kind: str) -> None:
     """Attention written out over the parent's own projections, with the squared score in the softmax's place."""
     parent, ids = tiny_parent(kind), tokens(1, 23)
     caught = softmax_inputs(parent, ids, torch.arange(23)[None])[0]
-    mixer = swap_attention(parent).model.layers[0].self_attn
+    mixer = swap_attention(parent, key_bias=True).model.layers[0].self_attn
     torch.nn.init.normal_(mixer.k_bias, generator=torch.Generator().manual_seed(0))
     torch.nn.init.normal_(mixer.g_proj.weight, std=0.1, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -173,9 +174,10 @@ def test_mode_dtype_and_generation_settings_are_kept(parent: PreTrainedModel, tr
     assert torch.isfinite(model(tokens(1, 9)).logits).all()
 
 
+@pytest.mark.parametrize("key_bias", [False, True])
 @every_family
-def test_saved_after_the_swap_it_loads_back(kind: str, tmp_path: Path) -> None:
-    model = swap_attention(tiny_parent(kind))
+def test_saved_after_the_swap_it_loads_back(kind: str, key_bias: bool, tmp_path: Path) -> None:
+    model = swap_attention(tiny_parent(kind), key_bias=key_bias)
     model.save_pretrained(tmp_path)
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values()), info
@@ -183,10 +185,9 @@ def test_saved_after_the_swap_it_loads_back(kind: str, tmp_path: Path) -> None:
         assert loaded(tokens(1, 12)).logits.equal(model(tokens(1, 12)).logits)
 
 
-def test_gates_and_key_bias_can_be_left_out(parent: PreTrainedModel) -> None:
-    mixer = swap_attention(parent, gate_bias=False, key_bias=False).model.layers[0].self_attn
+def test_the_bias_of_gates_can_be_left_out(parent: PreTrainedModel) -> None:
+    mixer = swap_attention(parent, gate_bias=False).model.layers[0].self_attn
     assert mixer.g_proj.bias is None
-    assert mixer.k_bias is None
     assert mixer.g_proj.weight.any()
 
 

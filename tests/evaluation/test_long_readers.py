@@ -40,7 +40,7 @@ def teacher() -> LlamaForCausalLM:
 
 @pytest.fixture(scope="module")
 def student(teacher: LlamaForCausalLM) -> PowerRetentionForCausalLM:
-    model = swap_attention(copy.deepcopy(teacher))
+    model = swap_attention(copy.deepcopy(teacher), key_bias=True)
     for mixer in model.mixers:  # a hard swap forgets within a token; this one remembers
         torch.nn.init.constant_(mixer.g_proj.bias, 5.0)
         torch.nn.init.normal_(mixer.k_bias, std=0.5, generator=torch.Generator().manual_seed(0))

@@ -302,5 +302,5 @@ def test_a_key_bias_beyond_its_positions_is_said_once(
     cache = PowerRetentionCache(model.config.num_hidden_layers)
     for part in (*tokens(1, length - 2).split(100, 1), *tokens(1, 2).split(1, 1)):
         model(part, past_key_values=cache, use_cache=True)
-    heard = [record for record in caplog.records if "convert --no-key-bias" in record.getMessage()]
+    heard = [record for record in caplog.records if "without --key-bias" in record.getMessage()]
     assert len(heard) == said

@@ -145,7 +145,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def save_models(kind: str, folder: Path) -> Path:
     teacher = tiny_parent(kind)
     teacher.save_pretrained(folder / "teacher")
-    swap_attention(copy.deepcopy(teacher)).save_pretrained(folder / "student")
+    swap_attention(copy.deepcopy(teacher), key_bias=True).save_pretrained(folder / "student")
     return folder
 
 

@@ -228,7 +228,7 @@ def test_the_teacher_beside_itself(source: Source, corpus: Tokens, domains: list
 def test_health_by_its_definition(source: Source, p: int) -> None:
     """Norms from the state itself, normalisers from the weights, half-lives from the gates."""
     torch.manual_seed(1)
-    student = swap_attention(copy.deepcopy(source.model), p=p).eval()
+    student = swap_attention(copy.deepcopy(source.model), p=p, key_bias=True).eval()
     for mixer in student.mixers:
         torch.nn.init.normal_(mixer.g_proj.bias, mean=3.0)
         torch.nn.init.normal_(mixer.g_proj.weight, std=0.3)

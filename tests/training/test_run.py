@@ -370,7 +370,7 @@ class Faulty(Retraining):
     def _gradients(self, read: Any, stage: Stage) -> Figures:
         figures = super()._gradients(read, stage)
         if type(self).faulty(self.now):
-            self.student.model.layers[0].self_attn.k_bias.grad[0, 0] = torch.nan
+            self.student.model.layers[0].self_attn.g_proj.bias.grad[0] = torch.nan
             figures["loss"] = torch.tensor(torch.nan)
         return figures
 

@@ -29,14 +29,16 @@ def convert(
     text: Text = None,
     text_field: TextField = "text",
     power: Annotated[int, typer.Option("--power", "-p", help="The even power p.")] = 2,
-    calibrate: Annotated[bool, typer.Option(help="Set key biases, gates and output scales from a little text.")] = True,
+    calibrate: Annotated[
+        bool, typer.Option(help="Set gates and output scales (and key biases) from a little text.")
+    ] = True,
     key_bias: Annotated[
         bool,
         typer.Option(
-            help="Shift scores by a bias on rotated keys: a little better where training is short; without it a model "
-            "holds beyond its parent's context."
+            help="Shift scores by a bias on rotated keys: a little better where training is short, wrong beyond the parent's "
+            "context."
         ),
-    ] = True,
+    ] = False,
     windows: Annotated[int, typer.Option(help="Windows of 512 tokens to calibrate on.")] = 8,
     seed: Seed = 0,
     json: Json = False,
@@ -49,7 +51,7 @@ def convert(
 
         power-retention convert SmolLM2-135M-Instruct.Q4_1.gguf my-model --text corpus.jsonl
 
-        power-retention convert SmolLM2-135M-Instruct.Q4_1.gguf my-model --text corpus.jsonl --no-key-bias
+        power-retention convert SmolLM2-135M-Instruct.Q4_1.gguf my-model --text corpus.jsonl --key-bias
     """
     quiet_libraries()
     from power_retention.conversion.convert import convert as run
@@ -86,17 +88,17 @@ def _show(conversion: Conversion, out: Path) -> None:
     rows = [
         (
             str(layer.layer),
-            f"{layer.bias_fit:.2f}",
             " ".join(f"{x:.0f}" for x in layer.half_lives),
             f"{min(layer.output_scales):.2f} … {max(layer.output_scales):.2f}",
             f"{layer.error_before:.2f}",
             f"{layer.error_after:.2f}",
+            *([] if layer.bias_fit is None else [f"{layer.bias_fit:.2f}"]),
         )
         for layer in conversion.layers
     ]
     if rows:
-        columns = ("layer", "key-bias fit", "gate half-lives, tokens", "output scales", "error before", "after")
-        table("Attention output against the teacher's, relative", columns, rows)
+        columns = ("layer", "gate half-lives, tokens", "output scales", "error before", "after", "key-bias fit")
+        table("Attention output against the teacher's, relative", columns[: len(rows[0])], rows)
     folder = escape(str(out))
     results.print(
         f"[bold]{folder}[/] holds a power-retention model (p = {conversion.student.config.power}) with the weights of "

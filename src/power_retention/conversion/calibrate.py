@@ -1,14 +1,15 @@
 """Give swapped mixers a start close to the attention they replace, in closed form, from a little text.
 
-Three things are set for each layer, from what the teacher's attention does on the text:
+Set for each layer, from what the teacher's attention does on the text:
 
-1. **Key bias.** Softmax ignores a shift of the scores, an even power does not, and most scores of a trained Transformer
-   are negative: squared, the least wanted keys would weigh most.  The bias b of a key/value head is the least-squares
-   solution of  q_i·b/√d = target − mean_j s_ij  over all query rows, so that shifted scores are positive.
-2. **Gates.** The bias of a gate is set so that its half-life is the head's mean look-back: the mean distance under the
+1. **Gates.** The bias of a gate is set so that its half-life is the head's mean look-back: the mean distance under the
    teacher's softmax, the mass on the first token left out.
-3. **Output scale.** The mass that softmax parks on a first token with a small value has no counterpart, so heads come
+2. **Output scale.** The mass that softmax parks on a first token with a small value has no counterpart, so heads come
    out too loud.  One factor a query head, least squares against the teacher's attention output, is folded into o_proj.
+3. **Key bias**, of mixers that have one.  Softmax ignores a shift of the scores, an even power does not, and most scores
+   of a trained Transformer are negative: squared, the least wanted keys would weigh most.  The bias b of a key/value head
+   is the least-squares solution of  q_i·b/√d = target − mean_j s_ij  over all query rows, so that shifted scores are
+   positive.
 
 Every sequence is given its own position offset: the bias acts on rotated queries and has to hold at all positions.
 """
@@ -52,7 +53,7 @@ class LayerReport:
 
     Attributes:
         layer: index.
-        bias_fit: share of the wanted shift that the key bias explains, smallest over heads (1 is all of it).
+        bias_fit: share of the wanted shift that the key bias explains, smallest over heads (1 is all of it); None without one.
         half_lives: of the gates, in tokens.
         output_scales: factors folded into o_proj, one a query head.
         error_before: relative error of the attention output with uncalibrated mixers, on the teacher's inputs.
@@ -60,7 +61,7 @@ class LayerReport:
     """
 
     layer: int
-    bias_fit: float
+    bias_fit: float | None
     half_lives: list[float]
     output_scales: list[float]
     error_before: float
@@ -83,7 +84,7 @@ def calibrate_mixers(
     """Calibrate every mixer of ``student`` against the attention of ``teacher``.
 
     Args:
-        student: the swapped model; its key biases, gates and output projections are written.
+        student: the swapped model; its gates, output projections and key biases, if any, are written.
         teacher: the Transformer it came from.
         tokens: ``[N, T]`` token ids of ordinary text; 8,000 tokens are enough.
         seed: of the position offsets.
@@ -159,10 +160,10 @@ def _scores(q: Tensor, k: Tensor, head: int) -> Iterator[tuple[Tensor, Tensor]]:
         yield q[:, :, i], q[:, :, i] @ k[:, :, head].mT / math.sqrt(q.shape[-1])
 
 
-def _set_key_bias(mixer: PowerRetentionMixer, q: Tensor, k: Tensor) -> float:
+def _set_key_bias(mixer: PowerRetentionMixer, q: Tensor, k: Tensor) -> float | None:
     """Write the least-squares bias of each head; returns the smallest share of the wanted shift that it explains."""
     if mixer.k_bias is None:
-        return 0.0
+        return None
     d, shares = q.shape[-1], []
     causal = torch.ones(q.shape[1], q.shape[1], device=q.device).tril()
     causal /= causal.sum(-1, keepdim=True)
@@ -229,7 +230,7 @@ def _scale_outputs(
 
 
 def save_calibration(student: PowerRetentionForCausalLM, reports: list[LayerReport], path: Path) -> None:
-    """Write key biases, gates and output scales of a calibrated model."""
+    """Write gates, output scales and key biases, if any, of a calibrated model."""
     tensors = {}
     for report, mixer in zip(reports, student.mixers, strict=True):
         for name, value in _new_parameters(mixer).items():
@@ -243,15 +244,17 @@ def apply_calibration(student: PowerRetentionForCausalLM, path: Path) -> None:
     """Calibrate a freshly swapped model as another swap of the same Transformer was.
 
     Raises:
-        StateError: the file is damaged or of another model.
+        StateError: the file is damaged, of another model, or of a swap with other biases.
     """
     try:
         tensors = load_file(path)
         for index, mixer in enumerate(student.mixers):
             for name, value in _new_parameters(mixer).items():
-                value.copy_(tensors[f"{index}.{name}"])
-            scale = tensors[f"{index}.output_scale"].to(mixer.o_proj.weight)
+                value.copy_(tensors.pop(f"{index}.{name}"))
+            scale = tensors.pop(f"{index}.output_scale").to(mixer.o_proj.weight)
             mixer.o_proj.weight.mul_(scale.repeat_interleave(mixer.head_dim))
+        if tensors:  # a key bias, say: scales that were fitted with it are wrong without it
+            raise RuntimeError(f"the model has no {min(tensors)}")
     except (OSError, SafetensorError, KeyError, RuntimeError) as error:
         raise StateError(f"{path} is not the calibration of this model, or is damaged ({error}).") from error
 

@@ -53,7 +53,7 @@ def convert(
     *,
     p: int = 2,
     chunk_size: int | None = None,
-    key_bias: bool = True,
+    key_bias: bool = False,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Conversion:

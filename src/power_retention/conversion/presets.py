@@ -35,7 +35,7 @@ class Preset:
         """The parent's configuration."""
         return AutoConfig.for_model(**self.parent_fields)
 
-    def config(self, *, p: int = 2, gate_bias: bool = True, key_bias: bool = True) -> PowerRetentionConfig:
+    def config(self, *, p: int = 2, gate_bias: bool = True, key_bias: bool = False) -> PowerRetentionConfig:
         """The configuration of the power-retention model."""
         model_type = self.parent_fields["model_type"]
         return parent_config_to_ours(
@@ -89,4 +89,4 @@ def resolve_config(model: str) -> PowerRetentionConfig:
         ) from error
     if isinstance(config, PowerRetentionConfig):
         return config
-    return parent_config_to_ours(config, p=2, gate_bias=True, key_bias=True, chunk_size=None, parent={"name": model})
+    return parent_config_to_ours(config, p=2, gate_bias=True, key_bias=False, chunk_size=None, parent={"name": model})

@@ -23,7 +23,7 @@ def swap_attention(
     *,
     p: int = 2,
     gate_bias: bool = True,
-    key_bias: bool = True,
+    key_bias: bool = False,
     chunk_size: int | None = None,
     parent: dict[str, Any] | None = None,
 ) -> PowerRetentionForCausalLM:
@@ -40,7 +40,7 @@ def swap_attention(
             :data:`~power_retention.conversion.families.SUPPORTED_MODEL_TYPES`.
         p: even power.
         gate_bias: give the gates a bias; without it they start at ½, a half-life of one token.
-        key_bias: give the rotated keys a learned bias.
+        key_bias: give the rotated keys a learned bias: a better start, tied to the positions that the model can tell apart.
         chunk_size: see :func:`power_retention.power_retention`.
         parent: noted in the configuration as what the model came from.
 

@@ -30,7 +30,8 @@ class PowerRetentionConfig(PreTrainedConfig):
         out_bias: a bias on the output projection.
         qk_norm: RMS norm over each query and key (Qwen3).
         gate_bias: a bias on the gate projection.
-        key_bias: a learned bias on rotated keys.
+        key_bias: a learned bias on rotated keys.  Conversion leaves it out unless asked to; the default here serves
+            configurations that do not name it.
         chunk_size: tokens a chunk; None leaves the choice to the operator.
         use_exp: put the parent's softmax back in the power's place.  A diagnostic, and where training that mixes the two
             starts: no gates, no state, no cache.

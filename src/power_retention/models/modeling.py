@@ -245,8 +245,8 @@ class PowerRetentionModel(PowerRetentionPreTrainedModel):
         if read > reach:
             logger.warning_once(
                 f"More than {reach:,} tokens are being read: the key biases of this model were learned at the positions of its "
-                "parent, which are no more, and beyond them it gets worse unless it was trained there since. Models for long "
-                "contexts are converted without (power-retention convert --no-key-bias)."
+                "parent, which are no more, and beyond them it gets worse unless it was trained there since. For long contexts "
+                "convert its parent without them (power-retention convert, without --key-bias)."
             )
 
     def _run_piece(

@@ -144,6 +144,7 @@ def predicted(
         batch=rows,
         precision=bench.precision,
         checkpointed=shape in CHECKPOINTED,
+        compiled=bench.compiled,
         offload=offload,
         device_type=bench.device.type,
     )

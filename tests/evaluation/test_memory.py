@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage
+from torch.autograd.graph import saved_tensors_hooks
 
 from power_retention.errors import ArgumentError
-from power_retention.evaluation.memory import predict_training
+from power_retention.evaluation.memory import bytes_saved_by_compiling, predict_training
 from power_retention.machine import measure_footprint
 from power_retention.models import PowerRetentionConfig, PowerRetentionForCausalLM
+from power_retention.training.layers import compile_tokenwise
 from power_retention.training.segments import backward_in_segments, next_tokens
 
 REPOSITORY = Path(__file__).parents[2]
@@ -67,6 +71,53 @@ def test_predicted_and_measured(
         lambda: backward_in_segments(model, ids, labels, segment=segment, precision=precision), ids.device
     )
     assert measured.peak_bytes == pytest.approx(predicted.step, rel=0.15)
+
+
+def bytes_kept(config: PowerRetentionConfig, precision: torch.dtype | None, compiled: bool) -> int:
+    """Of activations, after a forward pass."""
+    model = PowerRetentionForCausalLM(config).train()
+    if compiled:
+        compile_tokenwise(model.model.layers)
+    weights = {p.untyped_storage()._cdata for p in model.parameters()}
+    kept: dict[int, UntypedStorage] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage
+        return x
+
+    ids = torch.zeros(1, 64, dtype=torch.int64)
+    with saved_tensors_hooks(keep, lambda x: x), torch.autocast("cpu", torch.bfloat16, enabled=precision is not None):
+        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
+    total = sum(storage.nbytes() for storage in kept.values())
+    del hidden
+    return total
+
+
+@pytest.mark.parametrize(
+    ("precision", "changes"),
+    [
+        (torch.bfloat16, {}),
+        (torch.bfloat16, {"qk_norm": True, "head_dim": 32}),
+        (torch.bfloat16, {"norm_kind": "layer", "mlp_kind": "plain"}),
+        (None, {"qk_norm": True}),
+    ],
+)
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor", "ignore:.*torch.jit.script:DeprecationWarning"
+)  # the compiler's
+def test_what_compiling_saves(
+    monkeypatch: pytest.MonkeyPatch, precision: torch.dtype | None, changes: dict[str, Any]
+) -> None:
+    """PyTorch's own division into what is kept and what is computed again, without making code of it."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager_decomp_partition"))
+    shape = SHAPE | {"num_hidden_layers": 2, "key_bias": False}
+    both = [bytes_kept(PowerRetentionConfig(**shape, **changes), precision, compiled) for compiled in (False, True)]
+    torch._dynamo.reset()
+    a_token_and_layer = (both[0] - both[1]) / (64 * 2)
+    predicted = bytes_saved_by_compiling(PowerRetentionConfig(**shape, **changes), precision)
+    assert a_token_and_layer == pytest.approx(predicted, rel=0.1, abs=32)
 
 
 def test_on_a_gpu_the_length_costs_host_memory_only() -> None:

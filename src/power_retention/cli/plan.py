@@ -99,7 +99,7 @@ def plan(
         from power_retention.evaluation.memory import predict_training
 
         with status.status("Going through a training step"):
-            options = {"segment": parse_count(segment), "checkpointed": checkpointing}
+            options = {"segment": parse_count(segment), "checkpointed": checkpointing, "compiled": True}
             for tokens in long_training.split(","):
                 training.append(predict_training(config, tokens=parse_count(tokens), **options))  # type: ignore[arg-type]
     if plot is not None:

@@ -87,6 +87,7 @@ def predict_training(
     batch: int = 1,
     precision: torch.dtype | None = torch.bfloat16,
     checkpointed: bool = False,
+    compiled: bool = False,
     offload: bool | None = None,
     device_type: str = "cuda",
 ) -> TrainingMemory:
@@ -99,6 +100,7 @@ def predict_training(
         batch: sequences side by side.
         precision: dtype of autocast; None for none.
         checkpointed: whether layers keep their inputs only.
+        compiled: whether what layers do to each token is fused (:func:`power_retention.training.layers.compile_tokenwise`).
         offload: whether border states wait in host memory; None: on a GPU.
         device_type: ``cuda`` for the Triton kernels' workspace, ``cpu`` for plain PyTorch's.
 
@@ -116,6 +118,9 @@ def predict_training(
     peak = partial(_replay_peak, config, batch, length, segments > 1, precision, checkpointed, device_type)
     at_one, at_three = peak(1), peak(3)
     step = at_one + (config.num_hidden_layers - 1) * (at_three - at_one) // 2
+    if compiled:
+        layers_held = 1 if checkpointed else config.num_hidden_layers
+        step -= layers_held * batch * length * bytes_saved_by_compiling(config, precision)
     one_border = batch * state_bytes(config, ring=0)
     # The last segment's entering states are among the replay's own; on a GPU the next ones are on their way meanwhile.
     waiting = max(segments - 2, 0)
@@ -131,6 +136,22 @@ def predict_training(
         offloaded=offload,
         flops=batch * tokens * step_flops(config, tokens, segment, checkpointed=checkpointed),
     )
+
+
+def bytes_saved_by_compiling(config: PowerRetentionConfig, precision: torch.dtype | None) -> int:
+    """Of activations a token and layer: what torch.compile computes again from what is kept anyway.
+
+    An RMS norm's float32 input, normed input and their narrow copies, and the MLP's product of gate and value.
+    """
+    if config.norm_kind != "rms":
+        return 0
+    assert config.num_key_value_heads is not None
+    assert config.head_dim is not None
+    narrow = precision is not None
+    normed = (10 if narrow else 8) * config.hidden_size
+    product = (2 if narrow else 4) * config.intermediate_size if config.mlp_kind == "gated" else 0
+    normed_heads = (config.num_attention_heads + config.num_key_value_heads) * config.head_dim if config.qk_norm else 0
+    return normed + product + (6 if narrow else 4) * normed_heads
 
 
 def step_flops(config: PowerRetentionConfig, tokens: int, segment: int, *, checkpointed: bool) -> float:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,8 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from power_retention.cli import app
+from power_retention.cli.retrain import usual_replicas
+from power_retention.conversion.presets import preset
 from power_retention.errors import CheckpointError
 from power_retention.training.checkpoint import checkpoint_of, read_weights
 
@@ -53,6 +56,18 @@ def start_as_srun_does(*arguments: str | Path, size: int) -> list[subprocess.Pop
         port = str(held.getsockname()[1])
     world = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return [start(*arguments, **world, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(size)]
+
+
+@pytest.mark.parametrize(("memory_gb", "ranks", "groups"), [(80, "4", 4), (2, "4", 1), (80, "1", 1)])
+def test_on_gpus_that_a_model_is_small_for_each_holds_all_of_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, memory_gb: int, ranks: str, groups: int
+) -> None:
+    preset("smollm2-135m").config().save_pretrained(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", ranks)
+    gpu = SimpleNamespace(total_memory=memory_gb << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    assert usual_replicas(tmp_path, torch.device("cuda")) == groups
+    assert usual_replicas(tmp_path, torch.device("cpu")) == 1
 
 
 def wait_for(records: Path, lines: int, processes: list[subprocess.Popen[str]]) -> None:

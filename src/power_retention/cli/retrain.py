@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from power_retention.training.text import Tokens
 
 _PROBE_TOKENS = 20_000
+_BYTES_A_PARAMETER = 20
+"""Of a run in one process: the student, its gradient and AdamW's two moments in float32, and the teacher."""
 
 
 def register(app: typer.Typer) -> None:
@@ -93,12 +95,12 @@ def retrain(
         bool, typer.Option("--recompute", help="Compute layers again in the backward pass: less memory, more time.")
     ] = False,
     replicas: Annotated[
-        int,
+        int | None,
         typer.Option(
-            help="Of several processes: groups that each hold all weights; 1 divides them among all, as many as processes "
-            "divide nothing but batches, which suits a small model."
+            help="Of several processes: groups that each hold all weights. By default as many as there are GPUs if that takes "
+            "less than a quarter of each, else 1, which divides the weights among all."
         ),
-    ] = 1,
+    ] = None,
     held_out: Annotated[
         list[str] | None,
         typer.Option(
@@ -145,7 +147,7 @@ def retrain(
     folder, place = RunFolder(out / "run"), choose_device(device)
     watching = Watching.of(held_out or [], data, probe_every, probe_windows, probe_length)
     compiled = place.type == "cuda" if compiled is None else compiled
-    with joined_ranks(place, dp_replicate=replicas) as ranks:
+    with joined_ranks(place, dp_replicate=replicas or usual_replicas(model, place)) as ranks:
         ranks.first_does(lambda: check_run_folder(out, folder, resume))
         resuming = ranks.same(resume and folder.exists)
         with status.status("Opening model and teacher"):
@@ -209,6 +211,21 @@ def retrain(
             ranks.first_does(lambda: remove_checkpoints(folder))
         if ranks.first:
             _report(out, folder, recipe, json)
+
+
+def usual_replicas(model: Path, place: torch.device) -> int:
+    """How many groups of ranks hold all weights: each rank where student and teacher are small beside its GPU, else one."""
+    from power_retention.conversion.presets import resolve_config
+    from power_retention.models.sizes import count_parameters
+    from power_retention.training.parallel import launched_ranks
+
+    ranks = launched_ranks()
+    if place.type != "cuda" or ranks == 1 or not (model / "config.json").exists():
+        return 1
+    import torch
+
+    wanted = _BYTES_A_PARAMETER * count_parameters(resolve_config(str(model)))
+    return ranks if wanted < torch.cuda.get_device_properties(place).total_memory / 4 else 1
 
 
 def _begin(folder: RunFolder, recipe: Recipe, noted: dict[str, Any]) -> None:

@@ -516,3 +516,12 @@ def leave(ranks: Ranks, notes: Path) -> None:
 def test_what_is_to_be_done_before_the_ranks_part_is_done_while_they_are_together(tmp_path: Path) -> None:
     in_ranks(leave, 2, tmp_path)
     assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["1", "1"]
+
+
+def largest_count(ranks: Ranks) -> int:
+    return ranks.most(10 * (ranks.rank == 1) + 3)
+
+
+def test_the_largest_of_counts_is_known_to_all() -> None:
+    assert in_ranks(largest_count, 2) == [13, 13]
+    assert ALONE.most(3) == 3

@@ -183,7 +183,9 @@ def _show_training(training: list[TrainingMemory], plan: Plan) -> None:
         )
         for one in training
     ]
-    table(f"Training on one {plan.gpu.name}: exact gradients in segments, bfloat16, AdamW, layers compiled", columns, rows)
+    table(
+        f"Training on one {plan.gpu.name}: exact gradients in segments, bfloat16, AdamW, layers compiled", columns, rows
+    )
 
 
 def _serving(serving: Serving) -> tuple[str, str, str, str]:

@@ -474,9 +474,7 @@ class Load:
             if not appears(limits.states / f"{name}.state"):
                 break
             kept.append(name)
-        if no is not None and not (
-            400 <= no.status < 500 or no.status == 507 or (no.status == 500 and "No space left" in str(no))
-        ):
+        if no is not None and no.status != 507:
             self.world.tally.fault(f"{what}: a full folder is answered with {no}")
         self.world.tally.counts[f"states until {what}"] = len(kept)
         for other in self.users:

@@ -522,7 +522,7 @@ def served(
         batcher.close()
     errors = [event.error for _, _, event in heard if isinstance(event, Ended) and event.error]
     if errors:
-        raise MemoryError if "out of memory" in errors[0] else RuntimeError(errors[0])
+        raise MemoryError if "out of memory" in str(errors[0]) else RuntimeError(errors[0])
     begun: dict[int, float] = {}
     for at, user, _ in heard:
         begun.setdefault(user, at)

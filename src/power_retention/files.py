@@ -50,7 +50,7 @@ def clear_write_errors(target: Path) -> Iterator[None]:
     except OutputError:
         raise
     except OSError as error:
-        free = shutil.disk_usage(_existing_parent(target)).free / 1e9
+        free = free_bytes(target) / 1e9
         raise OutputError(
             f"Could not write {target}: {error.strerror or error} ({free:.1f} GB free there). Nothing that was there before "
             "has been changed; free some space or choose another folder, and run the command again."
@@ -134,6 +134,11 @@ def sync_folder(folder: Path) -> None:
         if path.is_file():
             sync(path)
     sync(folder)
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes free on the disk where a path is, or would be."""
+    return shutil.disk_usage(_existing_parent(path)).free
 
 
 def _existing_parent(path: Path) -> Path:

@@ -62,7 +62,12 @@ def state_routes(find: FindDirectory) -> list[Route]:
 def error_response(error: PowerRetentionError, status: int | None = None) -> JSONResponse:
     """An error of ours as OpenAI's clients expect it."""
     status = status or status_of(error)
-    return JSONResponse({"error": {"message": str(error), "type": type(error).__name__, "code": status}}, status)
+    return JSONResponse(error_body(error, status), status)
+
+
+def error_body(error: PowerRetentionError, status: int) -> dict[str, Any]:
+    """What says an error in an answer, or in a stream that has begun."""
+    return {"error": {"message": str(error), "type": type(error).__name__, "code": status}}
 
 
 def status_of(error: PowerRetentionError) -> int:

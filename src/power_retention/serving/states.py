@@ -6,19 +6,20 @@ nothing of each other's.  Several processes may use the folder at once: files ap
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
 import secrets
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from power_retention.errors import OutputError, StateError
-from power_retention.files import UNFINISHED, clear_write_errors
+from power_retention.files import UNFINISHED, clear_write_errors, free_bytes
 from power_retention.ops import PowerState
 from power_retention.ops.state_file import StateHeader, fork_states, load_states, read_header, save_states
 
@@ -36,7 +37,7 @@ class MissingState(StateError):
 
 
 class FullDirectory(OutputError):
-    """An owner keeps as much as is allowed."""
+    """An owner keeps as much as is allowed, or as the disk holds."""
 
 
 @dataclass(frozen=True)
@@ -136,11 +137,12 @@ class StateDirectory:
 
         Raises:
             MissingState: there is no such state.
-            OutputError: the disk knows no second names.
+            FullDirectory: the disk is so full that it takes no name more.
+            OutputError: it knows no second names.
         """
         path = self.existing(name)
         pinned = self.path / f".{secrets.token_hex(8)}{PINNED}"
-        with clear_write_errors(pinned):
+        with _clear_full_disk(f"Nothing can start from the state {name!r}"), clear_write_errors(pinned):
             try:
                 os.link(path, pinned)
             except FileNotFoundError:
@@ -170,7 +172,7 @@ class StateDirectory:
 
         Raises:
             StateError: that is no name.
-            FullDirectory: with a state of ``nbytes`` under that name, the owner would keep too much.
+            FullDirectory: with a state of ``nbytes`` under that name, the owner would keep too much, or the disk overflow.
         """
         replaced = self.path_of(name)
         others = [path for path in self._files() if path != replaced]
@@ -183,6 +185,12 @@ class StateDirectory:
             raise FullDirectory(
                 f"The state {name!r} cannot be saved: it takes {nbytes / 1e6:,.1f} MB, and {kept / 1e6:,.1f} of "
                 f"{self.max_bytes / 1e6:,.1f} MB are taken. Delete some states first."
+            )
+        free = free_bytes(self.path)
+        if nbytes > free:
+            raise FullDirectory(
+                f"The state {name!r} cannot be saved: it takes {nbytes / 1e6:,.1f} MB, and the disk has {free / 1e6:,.1f} MB "
+                "left. Delete some states, or free some space."
             )
 
     def save(
@@ -197,21 +205,23 @@ class StateDirectory:
         """Keep states under a name, instead of what was kept under it; arguments as of :func:`save_states`.
 
         Raises:
-            FullDirectory: the owner keeps too much already.
-            OutputError: the disk refuses; what was kept under the name is unchanged.
+            FullDirectory: the owner keeps too much already, or the disk is full.
+            OutputError: the disk refuses. In both cases what was kept under the name is unchanged.
         """
         path = self.path_of(name)
         self.check_room(name, sum(state.nbytes for state in states))
-        with clear_write_errors(path):
-            self.path.mkdir(parents=True, exist_ok=True)
         noted = {"position": str(tokens_seen), **(extra or {})}
-        return save_states(path, states, model=model, tokens_seen=tokens_seen, extra=noted)
+        with _clear_full_disk(f"The state {name!r} cannot be saved"):
+            with clear_write_errors(path):
+                self.path.mkdir(parents=True, exist_ok=True)
+            return save_states(path, states, model=model, tokens_seen=tokens_seen, extra=noted)
 
     def fork(self, name: str, copy: str) -> StateHeader:
         """Keep a copy under another name, which must be free."""
         path, target = self.existing(name), self.path_of(copy)
         self.check_room(copy, path.stat().st_size)
-        return fork_states(path, target)
+        with _clear_full_disk(f"The state {copy!r} cannot be saved"):
+            return fork_states(path, target)
 
     def delete(self, name: str) -> None:
         """Forget a state."""
@@ -223,6 +233,19 @@ class StateDirectory:
         if not self.path.is_dir():
             return []
         return [path for path in self.path.iterdir() if path.suffix == SUFFIX and not path.name.startswith(".")]
+
+
+@contextmanager
+def _clear_full_disk(what: str) -> Iterator[None]:
+    """Say of a full disk what is to be done where states have names; where they lie is no client's business."""
+    try:
+        yield
+    except OutputError as error:
+        if getattr(error.__cause__, "errno", None) not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise FullDirectory(
+            f"{what}: the disk is full. Delete some states, or free some space; what was there before is unchanged."
+        ) from error
 
 
 def _size(path: Path) -> int:

@@ -22,10 +22,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from power_retention.errors import ArgumentError, PowerRetentionError
 from power_retention.ops.layout import state_width
-from power_retention.serving.server.batcher import Batcher, Ended, Event, Question, TooBusy
+from power_retention.serving.server.batcher import Batcher, Ended, Event, Question, ServerFailure, TooBusy
 from power_retention.serving.server.fields import Wishes, messages_of, prompts_of, wishes_of
 from power_retention.serving.server.replies import Reply, Written
-from power_retention.serving.state_routes import error_response, state_routes, status_of
+from power_retention.serving.state_routes import error_body, error_response, state_routes, status_of
 from power_retention.serving.states import MissingState, StateDirectory, check_fits, owner_of, verified
 
 
@@ -332,7 +332,7 @@ async def _whole(reply: Reply, heard: _Heard, questions: Sequence[Question], gon
     try:
         async for index, event in heard.events(len(answers)):
             if isinstance(event, Ended) and event.error:
-                return error_response(PowerRetentionError(event.error), 500)
+                return error_response(event.error, _status(event.error))
             answers[index].add(event)
     finally:
         gone.cancel()
@@ -348,7 +348,7 @@ async def _stream(
             yield _event(piece)
         async for index, event in heard.events(len(reply.offsets)):
             if isinstance(event, Ended) and event.error:
-                yield _event({"error": {"message": event.error, "type": "PowerRetentionError", "code": 500}})
+                yield _event(error_body(event.error, _status(event.error)))
                 break
             if (grown := reply.piece(index, event)) is not None:
                 yield _event(grown)
@@ -366,7 +366,7 @@ def _event(value: dict[str, Any]) -> str:
 
 
 def _status(error: PowerRetentionError) -> int:
-    for kind, status in ((TooBusy, 503), (TooLarge, 413), (MissingModel, 404)):
+    for kind, status in ((TooBusy, 503), (TooLarge, 413), (MissingModel, 404), (ServerFailure, 500)):
         if isinstance(error, kind):
             return status
     # In a request, a state that is not there is one wrong value among its fields; vLLM sees it the same way.

@@ -23,7 +23,7 @@ from power_retention.models.rows import PowerRetentionRows
 from power_retention.ops.state_file import load_states
 from power_retention.serving.sampling import Draw, Likelihood, draw_token, likelihood_of
 from power_retention.serving.server.steps import Steps
-from power_retention.serving.states import StateDirectory
+from power_retention.serving.states import MissingState, StateDirectory
 from power_retention.serving.text import TextStream, ending_tokens
 
 
@@ -45,13 +45,18 @@ class Ended:
         choice: which.
         text: the rest of its text.
         reason: "stop" or "length"; "error" where it could not be finished.
-        error: a sentence, then.
+        error: why, then.
     """
 
     choice: int
     text: str = ""
     reason: str = "stop"
-    error: str = ""
+    error: PowerRetentionError | None = None
+
+    @classmethod
+    def by(cls, error: Exception, choice: int) -> Ended:
+        """What is told of an answer that an error has ended."""
+        return cls(choice, reason="error", error=_said(error))
 
 
 Event = Grown | Ended
@@ -104,7 +109,11 @@ class Question:
 
 
 class TooBusy(PowerRetentionError):
-    """More wait already than are let wait."""
+    """There is no room for a request now; there may be later, or elsewhere."""
+
+
+class ServerFailure(PowerRetentionError):
+    """Something broke that is nothing of the request's."""
 
 
 class _Answer:
@@ -192,10 +201,11 @@ class Batcher:
                 self._drop_aborted()
                 self._read_piece()
                 self._step()
+        stopped = TooBusy("The server is being stopped; ask again when it is back.")
         for question in (*self._reading, *self._new):
-            self._fail(question, "The server is being stopped.")
+            self._fail(question, stopped)
         for answer in self._writing:
-            answer.question.tell(Ended(answer.choice, reason="error", error="The server is being stopped."))
+            answer.question.tell(Ended.by(stopped, answer.choice))
 
     def _admit(self) -> bool:
         """Take in what there is room for, waiting where there is nothing else to do; False at the end."""
@@ -243,12 +253,16 @@ class Batcher:
                 return
             self._begin_answers(question, logits[0, -1].cpu())
         except Exception as error:  # one question must not end the others
-            self._fail(question, _sentence(error))
+            self._fail(question, error)
         self._reading.popleft()
 
     def _open(self, question: Question) -> PowerRetentionCache:
         cache = PowerRetentionCache(self.model.config.num_hidden_layers)
         if question.start is not None:
+            if not question.start.exists():
+                raise MissingState(
+                    "The state to start from was removed while the request waited; name another, or send what it had read."
+                )
             try:
                 # Every byte was checked when the question was asked.
                 states, header = load_states(
@@ -281,7 +295,7 @@ class Batcher:
             ).cpu()
         except Exception as error:  # what the rows hold now is not known
             for answer in self._writing:
-                answer.question.tell(Ended(answer.choice, reason="error", error=_sentence(error)))
+                answer.question.tell(Ended.by(error, answer.choice))
             self._writing.clear()
             self._begin_anew()
             return
@@ -310,7 +324,7 @@ class Batcher:
             rest = answer.text.finish()
             answer.ended = Ended(answer.choice, rest, "stop" if ends or answer.text.stopped else "length")
         except Exception as error:
-            question.tell(Ended(answer.choice, reason="error", error=_sentence(error)))
+            question.tell(Ended.by(error, answer.choice))
             self._leave(row)
             return
         if question.save is None:
@@ -327,7 +341,7 @@ class Batcher:
         try:
             states = self.rows.cache_of(row, seen).states
         except Exception as error:
-            question.tell(Ended(answer.choice, reason="error", error=_sentence(error)))
+            question.tell(Ended.by(error, answer.choice))
             return
         finally:
             self._leave(row)
@@ -337,7 +351,7 @@ class Batcher:
                 directory.save(name, states, model=self.fingerprint, tokens_seen=seen)
                 question.tell(ended)
             except Exception as error:
-                question.tell(Ended(answer.choice, reason="error", error=_sentence(error)))
+                question.tell(Ended.by(error, answer.choice))
             finally:
                 with self._changed:
                     self._saves -= 1
@@ -346,15 +360,15 @@ class Batcher:
             self._saves += 1
         self._saving.submit(write)
 
-    def _fail(self, question: Question, sentence: str) -> None:
+    def _fail(self, question: Question, error: Exception) -> None:
         question.forget_start()
         for choice in range(question.answers):
-            question.tell(Ended(choice, reason="error", error=sentence))
+            question.tell(Ended.by(error, choice))
 
 
-def _sentence(error: Exception) -> str:
+def _said(error: Exception) -> PowerRetentionError:
     if isinstance(error, PowerRetentionError):
-        return str(error)
+        return error
     if isinstance(error, torch.OutOfMemoryError):
-        return "The server ran out of memory; ask again later."
-    return f"The server failed ({type(error).__name__}: {error})."
+        return TooBusy("The server ran out of memory; ask again later.")
+    return ServerFailure(f"The server failed ({type(error).__name__}: {error}).")

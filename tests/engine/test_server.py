@@ -133,6 +133,27 @@ def test_a_book_read_once(address: str, folder: Path, states: Path) -> None:
     assert [{state["id"] for state in found} for found in listed] == [{"book", "book-2"}, set()]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_state_that_was_promised_and_never_came(address: str, stream: bool) -> None:
+    anna, extra = client(address), {"ignore_eos": True, "vllm_xargs": {"save_state": "gone"}}
+    writes = anna.completions.create(model="tiny", prompt=[7] * 9, max_tokens=450, stream=True, extra_body=extra)
+    next(iter(writes))
+
+    def go_on() -> Any:
+        extra = {"vllm_xargs": {"state": "gone"}}
+        answer = anna.completions.create(model="tiny", prompt=[9], max_tokens=3, stream=stream, extra_body=extra)
+        return list(answer) if stream else answer
+
+    with ThreadPoolExecutor(1) as pool:
+        waits = pool.submit(go_on)
+        time.sleep(0.3)
+        writes.close()  # hung up on: nothing is saved
+        with pytest.raises(openai.APIError, match="no state called 'gone'") as refused:
+            waits.result(60)
+    assert refused.value.body["code"] == 400  # type: ignore[index]
+    assert anna.completions.create(model="tiny", prompt=[9], max_tokens=3).choices[0].text
+
+
 def test_states_are_looked_at_forked_and_deleted(address: str) -> None:
     anna = _bearer(KEYS[0])
     complete(client(address), [5] * 30, save_state="one")
@@ -149,8 +170,9 @@ def test_states_are_looked_at_forked_and_deleted(address: str) -> None:
     assert httpx.post(f"{address}/states/one/fork", headers=anna, json={"to": "three"}).status_code == 200
     full = httpx.post(f"{address}/states/one/fork", headers=anna, json={"to": "four"})
     assert (full.status_code, "3 are kept already" in full.text) == (507, True)
-    with pytest.raises(openai.APIStatusError, match="3 are kept already"):
+    with pytest.raises(openai.APIStatusError, match="3 are kept already") as no_room:
         complete(client(address), [5] * 30, save_state="four")
+    assert no_room.value.status_code == 507
     for name in ("one", "two", "three"):
         assert httpx.delete(f"{address}/states/{name}", headers=anna).json()["deleted"]
     assert httpx.delete(f"{address}/states/one", headers=anna).status_code == 404

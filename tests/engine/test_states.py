@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import engines
 import pytest
@@ -182,6 +185,67 @@ def test_aborted_requests_save_nothing(
     outputs = engine.generate([{"prompt_token_ids": p} for p in ([7] * 9, other)], [broken, fine], use_tqdm=False)
     assert outputs[0].outputs[0].finish_reason == "error"
     assert engines.distance(engines.open_model(folder_of()), outputs[1:]) < engines.CLOSE
+
+
+def test_a_folder_removed_while_a_request_waits_is_the_end_of_that_request_only(
+    directory: StateDirectory, start: Callable[..., LLM], folder_of: Callable[..., Path]
+) -> None:
+    engine = start(folder_of(), enable_prefix_caching=True, block_size=16, **options(directory))
+    (book, other), outputs = engines.prompts_of((40, 33)), []
+    ask(engine, book, save_state="book")
+    for name, prompt, names in (("waits", book, {"state": "book"}), ("fine", other, {})):
+        engine.llm_engine.add_request(name, {"prompt_token_ids": prompt}, engines.sampling(5, extra_args=names))
+    shutil.rmtree(directory.path)
+    while engine.llm_engine.has_unfinished_requests():
+        outputs += [output for output in engine.llm_engine.step() if output.finished]
+    found = {output.request_id.partition("-")[0]: output for output in outputs}
+    assert found["waits"].outputs[0].finish_reason == "error"
+    assert engines.distance(engines.open_model(folder_of()), [found["fine"]]) < engines.CLOSE
+
+
+def test_a_state_that_was_not_there_is_explained(
+    directory: StateDirectory, start: Callable[..., LLM], folder_of: Callable[..., Path]
+) -> None:
+    """To clients of the server, who would read of an internal error."""
+    engine = start(folder_of(), **options(directory))
+    ask(engine, [5] * 20, save_state="book")
+    config = engine.llm_engine.vllm_config
+    admission.explain(config, engines.sampling(4))  # no state of ours: vLLM says what it says
+    with pytest.raises(admission.Refusal, match="no state called 'gone'") as missing:
+        admission.explain(config, engines.sampling(4, extra_args={"state": "gone"}))
+    with pytest.raises(admission.Refusal, match=r"'book' .* ask again") as changed:
+        admission.explain(config, engines.sampling(4, extra_args={"state": "book"}))
+    assert (missing.value.status, changed.value.status) == (400, 409)
+
+
+def test_a_full_disk(
+    directory: StateDirectory,
+    start: Callable[..., LLM],
+    folder_of: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Refused before anything is read, where it can be known; else what was there is unchanged, and nothing else stays."""
+    engine = start(folder_of(), **options(directory))
+    prompt = [5] * 20
+    ask(engine, prompt, save_state="book")
+
+    def no_space(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+        with pytest.raises(admission.Refusal, match=r"the disk has 0\.0 MB left") as refused:
+            ask(engine, prompt, save_state="book")
+        assert refused.value.status == 507
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", no_space)
+        for name in ("book", "new"):
+            assert ask(engine, prompt, 7, save_state=name).outputs[0].finish_reason == "length"
+    assert directory.inspect("book").header.tokens_seen == 32
+    assert os.listdir(directory.path) == ["book.state"]
+    assert ask(engine, prompt, state="new").outputs[0].finish_reason == "error"
+    ask(engine, prompt, 7, save_state="book")
+    assert directory.inspect("book").header.tokens_seen == 27
 
 
 def test_refused_before_anything_is_served(

@@ -5,6 +5,8 @@ An ordinary client passes the names as ``extra_body={"vllm_xargs": {"state": "bo
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import aclosing
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from functools import lru_cache, wraps
@@ -19,9 +21,11 @@ from vllm.triton_utils import HAS_TRITON
 
 from power_retention.errors import ArgumentError, PowerRetentionError
 from power_retention.models.fingerprint import fingerprint_folder
+from power_retention.serving.state_routes import status_of
 from power_retention.serving.states import MissingState, StateDirectory, check_fits
 from power_retention.serving.vllm.engine import ServingOptions, page_layout
 from power_retention.serving.vllm.plugin import ARCHITECTURES
+from power_retention.serving.vllm.versions import error_with_status
 
 START, SAVE = "state", "save_state"
 """Fields of a request: the state to start from, and the name under which to keep what was read and written."""
@@ -58,11 +62,30 @@ class Job:
         return cls(**extra[_ADMITTED]) if _ADMITTED in extra else None
 
 
+class Refusal(VLLMValidationError):  # type: ignore[misc]
+    """A request that is refused; servers answer all of its kind with the status 400.
+
+    Attributes:
+        status: the HTTP status that it should have.
+    """
+
+    def __init__(self, message: str, status: int = 400) -> None:
+        super().__init__(message)
+        self.status = status
+
+    @classmethod
+    def by(cls, error: PowerRetentionError) -> Refusal:
+        """Because of an error of ours."""
+        # In a request, a state that is not there is one wrong value among its fields.
+        return cls(str(error), 400 if isinstance(error, MissingState) else status_of(error))
+
+
 def install() -> None:
-    """Look at every request that the engine's front end makes, once a process."""
+    """Look at every request that the engine's front end makes, and at every answer that a server gives, once a process."""
+    from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.input_processor import InputProcessor
 
-    original = InputProcessor.process_inputs
+    original, generate_as_ever = InputProcessor.process_inputs, AsyncLLM.generate
     if getattr(original, "looks_at_states", False):
         return
 
@@ -73,12 +96,26 @@ def install() -> None:
             try:
                 check_platform(self.vllm_config, request)
                 admit(self.vllm_config, request)
-            except PowerRetentionError as error:  # which servers answer with the status 400
-                raise VLLMValidationError(str(error)) from error
+            except PowerRetentionError as error:
+                raise Refusal.by(error) from error
         return request
 
+    @wraps(generate_as_ever)
+    async def generate(self: Any, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+        outputs = generate_as_ever(self, prompt, sampling_params, *args, **kwargs)
+        async with aclosing(outputs):  # or the request of a client that hangs up would go on for a while
+            try:
+                async for output in outputs:
+                    if any(answer.finish_reason == "error" for answer in output.outputs):
+                        explain(self.vllm_config, sampling_params)
+                    yield output
+            except Refusal as refusal:
+                if refusal.status == 400:
+                    raise
+                raise error_with_status(str(refusal), refusal.status) from refusal
+
     process_inputs.looks_at_states = True  # type: ignore[attr-defined]
-    InputProcessor.process_inputs = process_inputs
+    InputProcessor.process_inputs, AsyncLLM.generate = process_inputs, generate
 
 
 def check_platform(vllm_config: VllmConfig, request: Any) -> None:
@@ -122,6 +159,24 @@ def admit(vllm_config: VllmConfig, request: Any) -> None:
         extra[_ADMITTED] = asdict(Job(start, save, OWNER.get()))
     if params is not None and params.extra_args is not None:
         params.extra_args = extra
+
+
+def explain(vllm_config: VllmConfig, params: Any) -> None:
+    """Say why a request with a state failed: the engine tells its front end that it did, and no more.
+
+    Raises:
+        Refusal: what is wrong with the state that it was to start from; nothing is raised where it was to start from none.
+    """
+    start = (params.extra_args or {}).get(START, "")
+    if not start or vllm_config.model_config.architecture not in ARCHITECTURES:
+        return
+    try:
+        directory = directory_of(vllm_config, OWNER.get())
+        header = directory.verify(start, model=fingerprint_of(vllm_config))
+        check_fits(start, header, vllm_config.model_config.hf_config)
+    except PowerRetentionError as error:
+        raise Refusal.by(error) from error
+    raise Refusal(f"The state {start!r} was replaced or deleted while the request waited for its turn; ask again.", 409)
 
 
 def directory_of(vllm_config: VllmConfig, owner: str) -> StateDirectory:

@@ -119,6 +119,12 @@ class StateConnector(KVConnectorBase_V1, SupportsHMA):
             return 0, False
         if name in self.broken:
             return 1, True
+        if name in self.pins and not self.pins[name].exists():
+            logger.error("Request %s fails: the state %r was removed with its folder.", name, job.start)
+            del self.pins[name]
+            self.broken.add(name)
+            self.salt(request, name)  # or the page by which it fails could be a prefix that others have, too
+            return None, False
         if name not in self.pins:
             if not self.is_awaited(request, job):
                 self.pin(request, job)
@@ -211,7 +217,7 @@ class StateConnector(KVConnectorBase_V1, SupportsHMA):
         for save in kv_connector_metadata.saves:
             try:
                 self.save(save)
-            except PowerRetentionError as error:
+            except (PowerRetentionError, OSError) as error:
                 logger.error("The state %r was not saved: %s", save.job.save, error)
         for load in kv_connector_metadata.loads:
             self.load(load)

@@ -52,13 +52,15 @@ def address(folder: Path, states: Path, tmp_path_factory: pytest.TempPathFactory
     environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     with open(log, "w") as output, subprocess.Popen(command, stdout=output, stderr=output, env=environment) as server:
         try:
-            for _ in range(240):
+            for _ in range(800):
                 assert server.poll() is None, log.read_text()[-5000:]
                 try:
                     httpx.get(f"http://127.0.0.1:{port}/health").raise_for_status()
                     break
                 except httpx.HTTPError:
                     time.sleep(0.5)
+            else:
+                pytest.fail(f"it never answered: {log.read_text()[-5000:]}")
             yield f"http://127.0.0.1:{port}/v1"
         finally:
             server.terminate()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -237,6 +240,43 @@ def test_refused_before_the_model_is_opened(
     assert sentence in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_ctrl_c_twice_ends_answers_with_a_sentence(folder: Path) -> None:
+    """The terminal shows no traceback, and a client that waits learns why."""
+    command = [
+        sys.executable,
+        "-m",
+        "power_retention.cli",
+        "serve",
+        str(folder),
+        "--port",
+        "0",
+        "--max-tokens",
+        "1000000",
+    ]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stderr is not None
+        url = re.search(r"http://\S+/v1", server.stderr.readline())
+        assert url
+        body = {"prompt": [5, 6], "max_tokens": 1_000_000, "ignore_eos": True, "stream": True}
+        with (
+            httpx2.Client(base_url=url[0], timeout=60) as client,
+            client.stream("POST", "completions", json=body) as answer,
+        ):
+            lines = answer.iter_lines()
+            next(lines)
+            server.send_signal(signal.SIGINT)
+            said = [server.stderr.readline()]
+            server.send_signal(signal.SIGINT)
+            last = [line for line in lines if line][-2:]
+        said.append(server.stderr.read())
+        assert server.wait(30) == 130
+    assert said == ["One answer has 10 seconds to end.  Ctrl-C again ends at once.\n", ""]
+    assert last[1] == "data: [DONE]"
+    error = json.loads(last[0].removeprefix("data: "))["error"]
+    assert (error["code"], error["message"]) == (503, "The server is being stopped; ask again when it is back.")
+
+
 def test_a_port_that_is_taken_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
@@ -306,6 +346,8 @@ def test_states_are_looked_at_forked_and_deleted(keeping: Served) -> None:
         forked = client.post("states/one/fork", json={"to": "two"}).json()
         assert forked["extra"]["forked_from"] == found["checksum"]
         assert client.post("states/one/fork", json={"to": "../two"}).status_code == 400
+        taken = client.post("states/one/fork", json={"to": "two"})
+        assert (taken.status_code, "A state called 'two' is kept already" in taken.text) == (409, True)
         assert client.post("states/one/fork", json={}).status_code == 400
         assert client.post("states/one/fork", json={"to": "three"}).status_code == 200
         assert client.post("states/one/fork", json={"to": "four"}).status_code == 507
@@ -334,11 +376,18 @@ def test_names_are_refused(keeping: Served, fields: dict[str, Any], sentence: st
 
 def test_a_state_that_was_tampered_with(keeping: Served, states: Path) -> None:
     own = StateDirectory(states, owner=owner_of(KEYS[0]))
-    name = own.list()[0].name
+    name, *others = [state.name for state in own.list()]
+    for other in others:
+        own.delete(other)
     path = own.existing(name)
     content = bytearray(path.read_bytes())
     content[-5] ^= 1
     path.write_bytes(content)
     answer = keeping.post("completions", prompt="A", state=name)
-    assert answer.status_code == 400
+    assert (answer.status_code, f"The state '{name}' was altered" in answer.text) == (400, True), answer.text
+    path.write_bytes(content[:1000])
+    with keeping.client() as client:
+        looked, forked = client.get(f"states/{name}"), client.post(f"states/{name}/fork", json={"to": "copy"})
+    for answer in (looked, forked):
+        assert (answer.status_code, f"The state '{name}' is cut short" in answer.text) == (400, True), answer.text
     assert not list(states.rglob("*.pinned"))

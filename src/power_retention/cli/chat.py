@@ -175,7 +175,8 @@ class _Talk:
         found = self.directory.list()
         for state in found:
             size = f"{state.nbytes / 1e6:.1f} MB" if state.nbytes >= 1e5 else f"{state.nbytes / 1e3:.1f} kB"
-            _say(f"{state.name}  {state.header.tokens_seen:,} tokens  {size}  {state.header.created}")
+            other = "" if state.header.model == self.conversation.fingerprint else "  of another model"
+            _say(f"{state.name}  {state.header.tokens_seen:,} tokens  {size}  {state.header.created}{other}")
         if not found:
             _say(f"Nothing is kept in {self.directory.path}.")
 

@@ -65,9 +65,8 @@ def serve(
     from power_retention.errors import ArgumentError, SourceError
 
     try:
-        import uvicorn
-
         from power_retention.serving.server.app import ServerOptions, make_app
+        from power_retention.serving.server.process import ServerProcess
     except ImportError as error:
         raise ArgumentError(
             f"Serving needs {error.name}, which is not installed: pip install 'power-retention[serve]'."
@@ -101,17 +100,18 @@ def serve(
         max_tokens,
     )
     batcher = Batcher(student, tokenizer, users=users, waiting=waiting, piece=prefill_chunk_size)
-
-    class Server(uvicorn.Server):
-        async def startup(self, sockets: Any = None) -> None:
-            await super().startup(sockets)
-            if self.started:
-                _say_where(self.servers[0].sockets[0].getsockname(), options.name, users, json=json)
-
-    config = uvicorn.Config(
-        make_app(batcher, options), host=host, port=port, log_level="warning", timeout_graceful_shutdown=10
+    process = ServerProcess(
+        make_app(batcher, options),
+        batcher,
+        patience=_PATIENCE,
+        listening=lambda address: _say_where(address, options.name, users, json=json),
+        ending=_say_that_it_ends,
     )
-    Server(config).run(sockets=[listening])
+    process.run(sockets=[listening])
+
+
+_PATIENCE = 10
+"""Seconds that answers have when the server is asked to end."""
 
 
 def _check_states(folder: Path) -> None:
@@ -144,6 +144,11 @@ def _listen(host: str, port: int) -> socket.socket:
             ) from error
         unless_bound.pop_all()
     return listening
+
+
+def _say_that_it_ends(answers: int) -> None:
+    waited_for = f"{answers} answers have" if answers > 1 else "One answer has"
+    status.print(f"{waited_for} {_PATIENCE} seconds to end.  Ctrl-C again ends at once.", highlight=False)
 
 
 def _say_where(address: tuple[Any, ...], name: str, users: int, *, json: bool) -> None:

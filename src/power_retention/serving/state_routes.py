@@ -19,7 +19,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from power_retention.errors import ArgumentError, OutputError, PowerRetentionError
-from power_retention.serving.states import FullDirectory, MissingState, NamedState, StateDirectory
+from power_retention.serving.states import FullDirectory, MissingState, NamedState, StateDirectory, TakenName
 
 FindDirectory = Callable[[Request], StateDirectory]
 """The states that a request may use; an error of ours where there are none."""
@@ -72,9 +72,10 @@ def error_body(error: PowerRetentionError, status: int) -> dict[str, Any]:
 
 def status_of(error: PowerRetentionError) -> int:
     """The HTTP status that says whose fault it is."""
-    if isinstance(error, MissingState):
-        return 404
-    return 507 if isinstance(error, FullDirectory) else 500 if isinstance(error, OutputError) else 400
+    for kind, status in ((MissingState, 404), (TakenName, 409), (FullDirectory, 507), (OutputError, 500)):
+        if isinstance(error, kind):
+            return status
+    return 400
 
 
 async def _answer(act: Callable[[], dict[str, Any]]) -> JSONResponse:

@@ -36,6 +36,10 @@ class MissingState(StateError):
     """There is no state of that name."""
 
 
+class TakenName(OutputError):
+    """A state of that name is kept already."""
+
+
 class FullDirectory(OutputError):
     """An owner keeps as much as is allowed, or as the disk holds."""
 
@@ -108,7 +112,8 @@ class StateDirectory:
     def inspect(self, name: str) -> NamedState:
         """What a state says about itself; its tensors are not read."""
         path = self.existing(name)
-        return NamedState(name, path.stat().st_size, read_header(path))
+        with _called(name, path):
+            return NamedState(name, path.stat().st_size, read_header(path))
 
     def list(self) -> Sequence[NamedState]:
         """All states that can be read, newest first."""
@@ -130,7 +135,7 @@ class StateDirectory:
         Raises:
             StateError: it is missing, damaged, in an unknown layout or of another model.
         """
-        return verified(self.existing(name), model)
+        return verified(name, self.existing(name), model)
 
     def pin(self, name: str) -> Path:
         """Another name for the file of a state, hidden, which stays when the state is replaced or deleted; to be unlinked.
@@ -165,7 +170,9 @@ class StateDirectory:
     def load(self, name: str, *, model: str | None = None) -> tuple[Sequence[PowerState], StateHeader]:
         """The states of all layers, and their header; errors as of :meth:`verify`."""
         self.verify(name, model=model)
-        return load_states(self.existing(name), model=model, verify=False)
+        path = self.existing(name)
+        with _called(name, path):
+            return load_states(path, model=model, verify=False)
 
     def check_room(self, name: str, nbytes: int) -> None:
         """Refuse what would be too much.
@@ -217,10 +224,18 @@ class StateDirectory:
             return save_states(path, states, model=model, tokens_seen=tokens_seen, extra=noted)
 
     def fork(self, name: str, copy: str) -> StateHeader:
-        """Keep a copy under another name, which must be free."""
+        """Keep a copy under another name.
+
+        Raises:
+            TakenName: something is kept under that name.
+            StateError: the state is missing or damaged.
+            FullDirectory, OutputError: as of :meth:`save`.
+        """
         path, target = self.existing(name), self.path_of(copy)
+        if target.exists():
+            raise TakenName(f"A state called {copy!r} is kept already; choose another name, or delete it first.")
         self.check_room(copy, path.stat().st_size)
-        with _clear_full_disk(f"The state {copy!r} cannot be saved"):
+        with _clear_full_disk(f"The state {copy!r} cannot be saved"), _called(name, path):
             return fork_states(path, target)
 
     def delete(self, name: str) -> None:
@@ -233,6 +248,15 @@ class StateDirectory:
         if not self.path.is_dir():
             return []
         return [path for path in self.path.iterdir() if path.suffix == SUFFIX and not path.name.startswith(".")]
+
+
+@contextmanager
+def _called(name: str, path: Path) -> Iterator[None]:
+    """Say what is wrong with a file of the state that its owner knows: where it lies is no client's business."""
+    try:
+        yield
+    except StateError as error:
+        raise StateError(str(error).replace(str(path), f"The state {name!r}")) from error
 
 
 @contextmanager
@@ -274,12 +298,13 @@ def check_fits(name: str, header: StateHeader, config: PowerRetentionConfig) -> 
 _checked: dict[tuple[object, ...], StateHeader] = {}
 
 
-def verified(path: Path, model: str | None) -> StateHeader:
-    """The header of a file whose every byte is checked, once for each version of it; errors as of :func:`load_states`."""
+def verified(name: str, path: Path, model: str | None) -> StateHeader:
+    """The header of a state whose every byte is checked, once for each version of its file; errors of :func:`load_states`."""
     status = path.stat()
     version = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, model)
     if version not in _checked:
-        header = load_states(path, model=model)[1]
+        with _called(name, path):
+            header = load_states(path, model=model)[1]
         if len(_checked) >= _REMEMBERED:
             _checked.pop(next(iter(_checked)), None)
         _checked[version] = header

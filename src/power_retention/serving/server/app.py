@@ -259,7 +259,9 @@ class Service:
             return None
         pinned = self.directory_of(request).pin(wishes.state)
         try:
-            check_fits(wishes.state, verified(pinned, self.batcher.fingerprint), self.batcher.model.config)
+            check_fits(
+                wishes.state, verified(wishes.state, pinned, self.batcher.fingerprint), self.batcher.model.config
+            )
         except BaseException:
             pinned.unlink(missing_ok=True)
             raise

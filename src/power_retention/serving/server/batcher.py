@@ -169,10 +169,12 @@ class Batcher:
         """Put questions in line; their ``tell`` hears of every token.
 
         Raises:
-            TooBusy: too many wait already; none of these was taken.
+            TooBusy: too many wait already, or the batcher is closed; none of these was taken.
         """
         with self._changed:
-            if len(self._new) + len(questions) > self.waiting or self._closing:
+            if self._closing:
+                raise _stopped()
+            if len(self._new) + len(questions) > self.waiting:
                 raise TooBusy(f"{len(self._new):,} requests wait already, which is the limit; try again later.")
             self._new.extend(questions)
             self._changed.notify()
@@ -201,11 +203,10 @@ class Batcher:
                 self._drop_aborted()
                 self._read_piece()
                 self._step()
-        stopped = TooBusy("The server is being stopped; ask again when it is back.")
         for question in (*self._reading, *self._new):
-            self._fail(question, stopped)
+            self._fail(question, _stopped())
         for answer in self._writing:
-            answer.question.tell(Ended.by(stopped, answer.choice))
+            answer.question.tell(Ended.by(_stopped(), answer.choice))
 
     def _admit(self) -> bool:
         """Take in what there is room for, waiting where there is nothing else to do; False at the end."""
@@ -364,6 +365,10 @@ class Batcher:
         question.forget_start()
         for choice in range(question.answers):
             question.tell(Ended.by(error, choice))
+
+
+def _stopped() -> TooBusy:
+    return TooBusy("The server is being stopped; ask again when it is back.")
 
 
 def _said(error: Exception) -> PowerRetentionError:

@@ -146,7 +146,7 @@ class StateConnector(KVConnectorBase_V1, SupportsHMA):
         try:
             pinned = directory_of(self.config, job.owner).pin(job.start)
             self.pins[name] = pinned
-            header = verified(pinned, fingerprint_of(self.config))
+            header = verified(job.start, pinned, fingerprint_of(self.config))
             check_fits(job.start, header, self.config.model_config.hf_config)
             self.salt(request, header.checksum)
         except PowerRetentionError as error:

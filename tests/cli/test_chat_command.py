@@ -15,6 +15,8 @@ import pytest
 from power_retention.cli import main
 from power_retention.conversion.convert import convert, save_conversion
 from power_retention.conversion.source import open_source
+from power_retention.ops import PowerState
+from power_retention.serving.states import StateDirectory
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +42,7 @@ def answers(done: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
 
 def test_keeps_forks_and_goes_on_in_another_process(folder: Path, tmp_path: Path) -> None:
     states = tmp_path / "states"
+    StateDirectory(states).save("foreign", [PowerState.empty(1, 1, 8)], model="another", tokens_seen=3)
     script = "Once upon a time\n/save story\nShe said\n/fork other\n/load story\nShe said\n/states\n/reset\nShe said\n"
     first = chat(folder, script, states, "--json")
     opening, onward, again, anew = answers(first)
@@ -47,6 +50,10 @@ def test_keeps_forks_and_goes_on_in_another_process(folder: Path, tmp_path: Path
     assert onward["tokens_seen"] > opening["tokens_seen"]
     assert anew["tokens_seen"] == onward["tokens_seen"] - opening["tokens_seen"]
     assert all(name in first.stderr for name in ("story", "other", "none read again", "Everything said is forgotten"))
+    listed = {line.split()[0]: line for line in first.stderr.splitlines() if " kB  " in line}
+    assert {name: line.endswith("of another model") for name, line in listed.items()} == {
+        "story": False, "other": False, "foreign": True,
+    }  # fmt: skip
     second = chat(folder, "She said\n", states, "--json", "--load", "story")
     assert answers(second) == [onward]
     plain = chat(folder, "/load story\nShe said\n/quit\nnever heard\n", states)

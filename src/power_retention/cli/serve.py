@@ -60,6 +60,8 @@ def serve(
         power-retention serve my-model-retrained --port 8080 --users 16 --states states --api-key "$KEY"
 
         curl localhost:8000/v1/completions -d '{"prompt": "The whale", "max_tokens": 60}'
+
+        curl localhost:8000/v1/completions -d '{"prompt": "And then?", "max_tokens": 60, "state": "book", "save_state": "anna"}'
     """
     quiet_libraries()
     from power_retention.errors import ArgumentError, SourceError

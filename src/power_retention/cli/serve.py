@@ -61,7 +61,7 @@ def serve(
 
         curl localhost:8000/v1/completions -d '{"prompt": "The whale", "max_tokens": 60}'
 
-        curl localhost:8000/v1/completions -d '{"prompt": "And then?", "max_tokens": 60, "state": "book", "save_state": "anna"}'
+        curl localhost:8000/v1/completions -d '{"prompt": "The whole book", "max_tokens": 1, "save_state": "book"}'
     """
     quiet_libraries()
     from power_retention.errors import ArgumentError, SourceError

@@ -604,7 +604,7 @@ def draw(rounds: Sequence[Round], path: Path, title: str) -> None:
     for axis, label in zip(
         axes, ("resident memory of the server, MB", "milliseconds a token, all clients"), strict=True
     ):
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.1 * axis.dataLim.y1)
         axis.set_xlabel("requests; a line for each start of the server")
         axis.set_ylabel(label)
         axis.grid(alpha=0.25)

@@ -5,17 +5,26 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
+from power_retention import PowerRetentionCache
+from power_retention.cli import chat as chat_command
 from power_retention.cli import main
+from power_retention.cli.options import open_student
 from power_retention.conversion.convert import convert, save_conversion
 from power_retention.conversion.source import open_source
 from power_retention.ops import PowerState
+from power_retention.serving.conversation import Conversation
+from power_retention.serving.generate import open_tokenizer
+from power_retention.serving.sampling import Draw
 from power_retention.serving.states import StateDirectory
 
 
@@ -60,6 +69,39 @@ def test_keeps_forks_and_goes_on_in_another_process(folder: Path, tmp_path: Path
     assert plain.stdout == onward["answer"] + "\n"
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+@pytest.mark.parametrize("moment", ["reading", "writing"])
+def test_ctrl_c_leaves_no_layer_behind(
+    folder: Path, tmp_path: Path, moment: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It comes when half of the layers have read a token; what is kept is what was read up to there, in all of them."""
+    student, tokenizer = open_student(folder).eval(), open_tokenizer(folder)
+    conversation = Conversation(student, tokenizer, draw=Draw(), max_tokens=40, piece=8)
+    read: list[int] = []
+
+    def note(model: nn.Module, ids: tuple[torch.Tensor]) -> None:
+        read.extend(ids[0][0].tolist())
+
+    def interrupt(layer: nn.Module, inputs: object) -> None:
+        if len(read) > {"reading": 10, "writing": 50}[moment] and not interrupted:
+            interrupted.append(len(read))
+            signal.raise_signal(signal.SIGINT)
+
+    interrupted: list[int] = []
+    student.register_forward_pre_hook(note)
+    student.model.layers[2].register_forward_pre_hook(interrupt)
+    talk = chat_command._Talk(conversation, StateDirectory(tmp_path), json=False)
+    talk.hear("Once upon a time there was a little dog who wanted to see the world and went away")
+    assert "(stopped)" in capsys.readouterr().err
+    assert conversation.tokens_seen == len(read) == interrupted[0]
+    expected = PowerRetentionCache(student.config.num_hidden_layers)
+    with torch.no_grad():
+        student(torch.tensor([read]), past_key_values=expected)
+    for one, other in zip(conversation.cache.states, expected.states, strict=True):
+        torch.testing.assert_close(one.memory, other.memory, rtol=1e-4, atol=1e-4)
+    talk.hear("And then?")  # goes on
+
+
 @pytest.mark.parametrize(
     ("said", "sentence"),
     [
@@ -83,6 +125,24 @@ def test_refused_in_a_sentence(
     monkeypatch.setattr(sys, "argv", ["power-retention", "chat", str(folder), *options])
     told = io.StringIO(said) if isinstance(said, str) else io.TextIOWrapper(io.BytesIO(said), encoding="utf-8")
     monkeypatch.setattr(sys, "stdin", told)
+    with pytest.raises(SystemExit, match="1"):
+        main()
+    assert sentence in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [(["--load", "nowhere"], "There is no state called 'nowhere'"), (["--states", __file__], "a folder was expected")],
+)
+def test_refused_before_the_model_is_opened(
+    options: list[str],
+    sentence: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["power-retention", "chat", "no-such-model", *options])
     with pytest.raises(SystemExit, match="1"):
         main()
     assert sentence in " ".join(capsys.readouterr().err.split())

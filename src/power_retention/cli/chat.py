@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import signal
 import sys
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +17,7 @@ from rich.markup import escape
 from power_retention.cli.display import status
 from power_retention.cli.options import Json, Seed, open_student, quiet_libraries
 from power_retention.cli.placement import choose_device
-from power_retention.errors import ArgumentError, PowerRetentionError, StateError
+from power_retention.errors import ArgumentError, OutputError, PowerRetentionError, StateError
 from power_retention.files import json_line
 
 if TYPE_CHECKING:
@@ -69,13 +72,18 @@ def chat(
     from power_retention.serving.sampling import Draw
     from power_retention.serving.states import StateDirectory
 
-    place = choose_device(device)
+    # What can be refused at once is, before a large model is opened or much is said.
+    place, directory = choose_device(device), StateDirectory(states)
+    if states.exists() and not states.is_dir():
+        raise OutputError(f"--states {states} is a file; a folder was expected.")
+    if load is not None:
+        directory.existing(load)
     with status.status(f"Opening {escape(str(model))}"):
         student, tokenizer = open_student(model).eval().to(place), open_tokenizer(model)
     conversation = Conversation(
         student, tokenizer, draw=Draw(temperature, top_p), max_tokens=max_tokens, seed=seed, system=system
     )
-    talk = _Talk(conversation, StateDirectory(states), json=json)
+    talk = _Talk(conversation, directory, json=json)
     if load is not None:
         talk.load(load)
     in_terminal = sys.stdin.isatty()
@@ -144,12 +152,12 @@ class _Talk:
     def answer(self, message: str) -> None:
         """Write the answer as it comes; Ctrl-C stops it."""
         said = []
-        try:
-            for text in self.conversation.say(message):
+        with _interrupts() as interrupted:
+            for text in self.conversation.say(message, interrupted.is_set):
                 said.append(text)
                 if not self.json:
                     print(text, end="", flush=True)
-        except KeyboardInterrupt:
+        if interrupted.is_set():
             _say(" (stopped)")
         whole = {"answer": "".join(said), "tokens_seen": self.conversation.tokens_seen}
         print(json_line(whole) if self.json else "\n", end="", flush=True)
@@ -179,6 +187,17 @@ class _Talk:
             _say(f"{state.name}  {state.header.tokens_seen:,} tokens  {size}  {state.header.created}{other}")
         if not found:
             _say(f"Nothing is kept in {self.directory.path}.")
+
+
+@contextmanager
+def _interrupts() -> Iterator[threading.Event]:
+    """Ctrl-C sets an event here, where an exception in the middle of a token would leave a state that is none."""
+    interrupted = threading.Event()
+    before = signal.signal(signal.SIGINT, lambda *_: interrupted.set())
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _say(text: str) -> None:

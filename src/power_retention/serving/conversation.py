@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -64,17 +64,27 @@ class Conversation:
         """Tokens read and written so far."""
         return int(self.cache.get_seq_length())
 
-    def say(self, message: str) -> Iterator[str]:
+    def say(self, message: str, stop: Callable[[], bool] = lambda: False) -> Iterator[str]:
         """Read a message and write the answer, piece by piece; all that was written until the caller stops is read too.
+
+        Args:
+            message: what is said.
+            stop: asked between pieces and between tokens, whether that was enough.  An exception in the middle of either would
+                leave some layers with a token more than others.
 
         Raises:
             ArgumentError: the message has no token, or the template cannot go on with it.
         """
         ids = self._ids_of(message)
         stream = TextStream(self.tokenizer, ids)
-        logits = self._read(ids)
         self.ending = ""
+        for start in range(0, len(ids), self.piece):
+            if start and stop():
+                return
+            logits = self._read(ids[start : start + self.piece])
         for _ in range(self.max_tokens):
+            if stop():
+                break
             token = draw_token(logits, self.draw, self.generator)
             logits = self._read([token])
             if token in self.endings:
@@ -145,7 +155,7 @@ class Conversation:
     @torch.inference_mode()
     def _read(self, ids: list[int]) -> Tensor:
         """Logits ``[V]`` after the last of the tokens."""
-        for part in torch.tensor([ids], device=self.model.device).split(self.piece, 1):
-            out = self.model(part, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        part = torch.tensor([ids], device=self.model.device)
+        out = self.model(part, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         logits: Tensor = out.logits[0, -1].cpu()
         return logits

@@ -159,6 +159,8 @@ class _Talk:
                     print(text, end="", flush=True)
         if interrupted.is_set():
             _say(" (stopped)")
+        elif not said:
+            _say("(an empty answer)")
         whole = {"answer": "".join(said), "tokens_seen": self.conversation.tokens_seen}
         print(json_line(whole) if self.json else "\n", end="", flush=True)
 

@@ -367,6 +367,7 @@ class Load:
     def __init__(self, world: World, seed: int) -> None:
         self.world, self.users = world, [User(world, number, seed) for number in range(CLIENTS)]
         self.rounds: list[Round] = []
+        self.remains: set[Path] = set()  # of servers that were killed, which later ones remove when they are old
         self.births = 0  # requests before this life
 
     def begin(self, limits: Limits) -> None:
@@ -450,8 +451,10 @@ class Load:
             status = world.server.stop(how)
             for one in running:
                 one.result()
-        left = list(limits.states.glob("**/.*")) if limits.states.is_dir() else []
+        left = self.left_in(limits.states)
         world.tally.counts[f"hidden files after {how.name}"] += len(left)
+        if how == signal.SIGKILL:
+            self.remains.update(left)
         if how == signal.SIGTERM and status not in (0, -15, 143):
             world.tally.fault(f"The server that was asked to end left with status {status}.")
         if how == signal.SIGTERM and left:
@@ -488,10 +491,13 @@ class Load:
         user.delete(f"filling-{len(kept)}")
         user.save("", "after-filling", [])
         user.delete("after-filling")
-        left = list(limits.states.glob("**/.*"))
-        if left:
+        if left := self.left_in(limits.states):
             self.world.tally.fault(f"{what}: {[path.name for path in left]} were left behind.")
         self.rest(what, math.nan)
+
+    def left_in(self, folder: Path) -> list[Path]:
+        """Hidden files, but for those that a killed server left earlier."""
+        return [path for path in folder.glob("**/.*") if path not in self.remains]
 
 
 def appears(path: Path, seconds: float = 3) -> bool:

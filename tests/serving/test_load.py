@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -85,6 +86,17 @@ def test_rounding_of_a_delicate_answer_is_no_fault(judge: Judge) -> None:
     told = rounded[torch.arange(len(tokens)), torch.tensor(tokens)].tolist()
     assert not judge.fault(before, Written(tokens, told), greedy=False)
     assert judge.fault(before, Written(tokens, [told[0] - 0.02, *told[1:]]), greedy=False)
+
+
+def test_remains_of_a_killed_server_are_no_fault_of_the_next(tmp_path: Path) -> None:
+    load = load_test.Load(cast(load_test.World, None), 0)
+    assert load.left_in(tmp_path / "nowhere") == []
+    (tmp_path / "owner").mkdir()
+    (tmp_path / "owner" / ".first.pinned").touch()
+    load.remains.update(left := load.left_in(tmp_path))
+    assert [path.name for path in left] == [".first.pinned"]
+    (tmp_path / ".second.pinned").touch()
+    assert [path.name for path in load.left_in(tmp_path)] == [".second.pinned"]
 
 
 def test_growth_is_told_from_noise() -> None:

@@ -12,7 +12,7 @@ export POWER_RETENTION_CACHE := $(CURDIR)/$(CACHE)
 
 .PHONY: demo test test-vllm test-vllm-oldest lint format bench clean
 
-## demo: convert, retrain, evaluate and generate with a real 135M model; about 13 minutes on 2 cores
+## demo: convert, retrain, evaluate and generate with a real 135M model; about 11 minutes on 2 cores
 demo: demo/retrained/config.json
 	$(BIN)/power-retention evaluate demo/retrained --text $(TEXT)
 	$(BIN)/power-retention generate demo/retrained "The old lighthouse on the coast" --max-new-tokens 60

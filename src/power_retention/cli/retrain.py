@@ -182,7 +182,7 @@ def retrain(
             tokens = mixture or _tokenize(documents, source, recipe, _PROBE_TOKENS if timed else None)
         options: dict[str, Any] = {"device": place, "compiled": compiled, "recompute": recompute, "ranks": ranks}
         if recorded is None:
-            recorded = place.type == "cuda" and not recompute and (ranks.size == 1 or ranks.replicas)
+            recorded = place.type == "cuda" and ranks.whole and not recompute
         options["recorded"] = recorded
         retraining = Retraining(student, source.model, tokens, recipe, **options)
         if timed:

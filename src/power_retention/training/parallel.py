@@ -59,9 +59,9 @@ class Ranks:
         return self.rank == 0
 
     @property
-    def replicas(self) -> bool:
-        """Whether every one of several ranks holds all weights: nothing is divided but the batch."""
-        return self.mesh is not None and self.mesh["dp_shard"].size() == 1
+    def whole(self) -> bool:
+        """Whether every rank holds all weights: nothing is divided but the batch."""
+        return self.mesh is None or self.mesh["dp_shard"].size() == 1
 
     def rows(self, batch: int) -> slice:
         """Which sequences of a batch this rank reads.
@@ -87,6 +87,8 @@ class Ranks:
 
     def average_gradients(self, parameters: Iterable[Tensor]) -> None:
         """The mean over ranks of gradients that each computed whole, in place; one message for all of them."""
+        if self.size == 1:
+            return
         gradients = [p.grad for p in parameters if p.grad is not None]
         mean = self.mean(torch.cat([gradient.flatten() for gradient in gradients]))
         parts = mean.split([gradient.numel() for gradient in gradients])
@@ -244,10 +246,17 @@ def parallelize(
     fully_shard(root or model, mesh=mesh)
 
 
-def hand_out(
-    model: PreTrainedModel, ranks: Ranks, device: torch.device, shard: Callable[[], None] | None = None
-) -> None:
-    """Shard a model and give every rank its part of the first rank's weights and buffers.
+def hold_whole(model: PreTrainedModel, device: torch.device) -> None:
+    """Let a rank hold all of a model, in place; from the meta device without contents."""
+    if model.device.type == "meta":
+        model.to_empty(device=device)
+        model.tie_weights()  # each got memory of its own
+    else:
+        model.to(device)
+
+
+def hand_out(model: nn.Module, ranks: Ranks, device: torch.device, place: Callable[[], None]) -> None:
+    """Place a model on all ranks and give each its part of the first rank's weights and buffers.
 
     Only the first rank needs them; elsewhere the model may be on the meta device.  One parameter at a time is whole.
 
@@ -255,18 +264,13 @@ def hand_out(
         model: in place.
         ranks: more than one.
         device: of this rank.
-        shard: does the sharding; without, every rank gets everything.
+        place: shards it, or lets every rank hold all of it.
     """
     whole = {name: value.detach() for name, value in _named_tensors(model)} if ranks.first else {}
     dtypes = ranks.same({name: value.dtype for name, value in whole.items()})
-    if shard is not None:
-        shard()
+    place()
     if any(value.is_meta for _, value in _named_tensors(model)):
         model.to_empty(device=device)
-        if shard is None:
-            model.tie_weights()  # each got memory of its own
-    elif shard is None:
-        model.to(device)
     for name, value in _named_tensors(model):
         if ranks.first:
             full = whole.pop(name).to(device, copy=True)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ from power_retention.models import PowerRetentionForCausalLM
 from power_retention.training.layers import compile_layers, recompute_layers
 from power_retention.training.losses import distillation_loss
 from power_retention.training.mixture import Mixture
-from power_retention.training.parallel import ALONE, Ranks, Trunk, hand_out, make_root, parallelize
+from power_retention.training.parallel import ALONE, Ranks, Trunk, hand_out, hold_whole, make_root, parallelize
 from power_retention.training.recipe import Recipe, Stage
 from power_retention.training.recording import Figures, Recording
 from power_retention.training.teaching import prepare_teacher, read_documents
@@ -78,7 +79,7 @@ class Retraining:
         recompute: bool = False,
         ranks: Ranks = ALONE,
     ) -> None:
-        if recorded and (recompute or (ranks.size > 1 and not ranks.replicas)):
+        if recorded and (recompute or not ranks.whole):
             raise ArgumentError(
                 "A step can be recorded where every rank holds all weights, and without computing layers again."
             )
@@ -87,7 +88,7 @@ class Retraining:
         self.rows, self.data_shift = ranks.rows(recipe.batch), 0
         self._ahead: tuple[int, _Reading] | None = None
         self._recordings: dict[Stage, Recording[_Reading]] | None = {} if recorded else None
-        self._pool = torch.cuda.graph_pool_handle() if recorded else None
+        self._pool: Any = None  # of memory that the recordings share
         if recorded and ranks.size > 1:
             ranks.before_leaving.append(self._forget_recordings)
         self._pieces = 0
@@ -96,7 +97,7 @@ class Retraining:
         student.train()
         if compiled:
             compile_layers(teacher.model.layers)
-            compile_layers(student.model.layers, whole=ranks.size == 1 or ranks.replicas)
+            compile_layers(student.model.layers, whole=ranks.whole)
         if recompute:
             recompute_layers(student.model.layers)
         self.taught = self._place(teacher)
@@ -138,7 +139,7 @@ class Retraining:
 
     def _gradients(self, read: _Reading, stage: Stage) -> Figures:
         figures = self._align(read) if stage == "align" else self._distil(read)
-        if self.ranks.replicas:
+        if self.ranks.whole:
             self.ranks.average_gradients(self._trained)
         return figures
 
@@ -158,7 +159,7 @@ class Retraining:
         if stage not in self._recordings or not self._recordings[stage].fits(read):
             self._recordings.pop(stage, None)
             if not self._recordings:
-                self._pool = torch.cuda.graph_pool_handle()  # a pool that nothing recorded uses is gone
+                self._pool = torch.cuda.graph_pool_handle()  # one that nothing recorded uses any more is gone
             compute = partial(self._clipped_gradients, stage=stage)
             self._recordings[stage] = Recording(compute, read, self._trained, self._pool)
         return self._recordings[stage]
@@ -256,8 +257,8 @@ class Retraining:
         trunk, mesh = Trunk(model), self.ranks.mesh
         if mesh is None:
             model.to(self.device)
-        elif self.ranks.replicas:
-            hand_out(model, self.ranks, self.device)
+        elif self.ranks.whole:
+            hand_out(model, self.ranks, self.device, lambda: hold_whole(model, self.device))
         else:
             hand_out(model, self.ranks, self.device, lambda: parallelize(model, mesh, dtype, root=trunk))
             make_root(trunk)

@@ -49,6 +49,7 @@ def test_short_runs_have_finite_positive_rates(steps: int) -> None:
         ({"steps": 0}, "at least 1 step, 1 sequence and 2 tokens, not 0, 4 and 256"),
         ({"steps": 1, "batch": 0}, "not 1, 0 and 256"),
         ({"steps": 1, "length": 1}, "not 1, 4 and 1"),
+        ({"steps": 1, "clip": 0.0}, "norm above 0, not to 0.0"),
         ({"steps": 1, "align_share": 1.5}, r"align_share must lie in \[0, 1\], not 1.5"),
     ],
 )

@@ -77,6 +77,9 @@ def retrain(
     final_share: Annotated[
         float | None, typer.Option(help="Share of their peak that learning rates fall to; a tenth.")
     ] = None,
+    clip: Annotated[
+        float | None, typer.Option(help="Norm that larger gradients are scaled down to; 1. Single tokens make spikes.")
+    ] = None,
     precision: Annotated[
         str, typer.Option(help="float32, bfloat16, or auto: whichever multiplies faster here.")
     ] = "auto",
@@ -165,6 +168,7 @@ def retrain(
                 "other_lr": other_lr,
                 "align_share": align_share,
                 "final_share": final_share,
+                "clip": clip,
             }
             if check_precision(precision) == "auto":
                 precision = ranks.same(fastest_precision(place))

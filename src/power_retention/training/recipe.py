@@ -54,6 +54,8 @@ class Recipe:
             raise ArgumentError(
                 f"A recipe needs at least 1 step, 1 sequence and 2 tokens, not {self.steps}, {self.batch} and {self.length}."
             )
+        if not self.clip > 0:
+            raise ArgumentError(f"Gradients can be clipped to a norm above 0, not to {self.clip}.")
         for name, share in (("align_share", self.align_share), ("final_share", self.final_share)):
             if not 0 <= share <= 1:
                 raise ArgumentError(f"{name} must lie in [0, 1], not {share}.")

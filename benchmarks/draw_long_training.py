@@ -1,0 +1,49 @@
+"""Draws what ``long_training.py`` measured: tokens a second of a whole step against the length of its one document.
+
+python benchmarks/draw_long_training.py OUT.png RESULTS.json …
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.ticker import StrMethodFormatter
+
+LABELS = {
+    "ours": "power retention",
+    "ours, batch": "power retention, eight documents",
+    "transformer": "Transformer, FlashAttention",
+}
+
+
+def draw(results: list[Path], out: Path) -> None:
+    figure, axes = plt.subplots(1, len(results), figsize=(5.5 * len(results), 4.2), layout="constrained", squeeze=False)
+    for axis, path in zip(axes[0], results, strict=True):
+        rows = [row for row in json.loads(path.read_text(encoding="utf-8"))["rows"] if row["tokens_per_second"]]
+        rows = [row for row in rows if "compiling" not in row["note"]]
+        for index, (kind, label) in enumerate(LABELS.items()):
+            # A length may be there twice, its layers computed again the second time: the faster one counts.
+            found: dict[int, float] = {}
+            for row in rows:
+                if row["kind"] == kind:
+                    found[row["tokens"]] = max(found.get(row["tokens"], 0.0), row["tokens_per_second"])
+            if found:
+                points = sorted(found.items())
+                axis.plot(*zip(*points, strict=True), "o-", color=("C0", "C2", "C1")[index], label=label)
+        axis.set(xscale="log", ylim=(0, None), xlabel="tokens of a document", ylabel="tokens a second")
+        axis.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axis.set_title(f"SmolLM2-{rows[0]['model'].upper()}'s shape", fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False, fontsize=8)
+    figure.savefig(out, dpi=150)
+
+
+if __name__ == "__main__":
+    draw([Path(name) for name in sys.argv[2:]], Path(sys.argv[1]))

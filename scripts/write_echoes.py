@@ -47,6 +47,7 @@ def echoing(texts: list[str], rng: random.Random) -> str:
 
 
 def main() -> None:
+    """Draw until there is enough."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("sources", nargs="+", metavar="FILE[:WEIGHT]")

@@ -175,7 +175,7 @@ class Judge:
 
     In float64, so that what is judged is the server's rounding.  Where a query finds a few keys only that hardly answer it,
     float32 itself is far off, and how far hangs on where the text is cut between state and attention: an answer may be as far
-    away as one user's is in float32, over several cuts.
+    away as one user's is in float32, over several cuts, and with all of the prompt in the state.
 
     Args:
         folder: of the model.
@@ -202,8 +202,9 @@ class Judge:
             apart, behind = float((own - told).abs().max()), float((rows.max(-1).values - own).max())
             allowed = CLOSE
             if apart > CLOSE:
-                cut = (self._likelihoods(self.rounded, before, tokens, cut) for cut in CUTS)
-                allowed = max(CLOSE, *(2 * float((rounded - rows).abs().max()) for rounded in cut))
+                ways = [self._likelihoods(self.rounded, before, tokens, cut) for cut in CUTS]
+                ways.append(self._likelihoods_from_state(self.rounded, before, tokens))
+                allowed = max(CLOSE, *(2 * float((rounded - rows).abs().max()) for rounded in ways))
                 self.delicate += apart <= allowed
             self.checked += 1
             self.tokens += len(tokens)
@@ -222,3 +223,13 @@ class Judge:
         pieces = torch.tensor([[*before, *tokens]]).split(cut, 1)
         logits = torch.cat([model(piece, past_key_values=cache, use_cache=True).logits[0] for piece in pieces])
         return logits.double()[len(before) - 1 : -1].log_softmax(-1)
+
+    @staticmethod
+    def _likelihoods_from_state(model: PreTrainedModel, before: Sequence[int], tokens: list[int]) -> Tensor:
+        """The same where all that was read before is in the states and nothing in the rings, as vLLM's prompts are."""
+        read, cache = (PowerRetentionCache(model.config.num_hidden_layers) for _ in range(2))
+        first = model(torch.tensor([list(before)]), past_key_values=read, use_cache=True).logits[0, -1:]
+        for layer, state in zip(cache.layers, read.states, strict=True):
+            layer.store(state, len(before))
+        rest = model(torch.tensor([tokens]), past_key_values=cache, use_cache=True).logits[0, :-1]
+        return torch.cat((first, rest)).double().log_softmax(-1)

@@ -115,3 +115,18 @@ def test_growth_is_told_from_noise() -> None:
     assert abs(flat["slope"]) < 4 * flat["error"] < 1
     leaking = load_test.trend(rounds(5.0), lambda one: one.resident_mb)
     assert leaking["slope"] == pytest.approx(5, abs=4 * leaking["error"])
+
+
+def test_rounding_of_a_state_of_one_token_is_no_fault(judge: Judge) -> None:
+    """vLLM puts a prompt of one token into the state, one user alone into the ring: queries that hardly find it differ."""
+    before, tokens = [502], list[int]()
+    with torch.no_grad():
+        for _ in range(4):
+            tokens.append(int(judge.exact(torch.tensor([before + tokens])).logits[0, -1].argmax()))
+        read = judge._likelihoods_from_state(judge.rounded, before, tokens)
+    told = read[torch.arange(4), torch.tensor(tokens)].tolist()
+    delicate = judge.delicate
+    assert not judge.fault(before, Written(tokens, told), greedy=True)
+    assert judge.delicate == delicate + 1
+    told[1] += 0.1
+    assert "from those of one user" in judge.fault(before, Written(tokens, told), greedy=True)

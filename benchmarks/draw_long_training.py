@@ -15,11 +15,12 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import StrMethodFormatter
 
-LABELS = {
-    "ours": "power retention",
-    "ours, batch": "power retention, eight documents",
-    "transformer": "Transformer, FlashAttention",
+KINDS = {
+    "ours": ("power retention", "C0"),
+    "ours, batch": ("power retention, eight documents", "C2"),
+    "transformer": ("Transformer, FlashAttention", "C1"),
 }
+"""How each is called and coloured."""
 
 
 def draw(results: list[Path], out: Path) -> None:
@@ -27,7 +28,7 @@ def draw(results: list[Path], out: Path) -> None:
     for axis, path in zip(axes[0], results, strict=True):
         rows = [row for row in json.loads(path.read_text(encoding="utf-8"))["rows"] if row["tokens_per_second"]]
         rows = [row for row in rows if "compiling" not in row["note"]]
-        for index, (kind, label) in enumerate(LABELS.items()):
+        for kind, (label, colour) in KINDS.items():
             # A length may be there twice, its layers computed again the second time: the faster one counts.
             found: dict[int, float] = {}
             for row in rows:
@@ -35,7 +36,7 @@ def draw(results: list[Path], out: Path) -> None:
                     found[row["tokens"]] = max(found.get(row["tokens"], 0.0), row["tokens_per_second"])
             if found:
                 points = sorted(found.items())
-                axis.plot(*zip(*points, strict=True), "o-", color=("C0", "C2", "C1")[index], label=label)
+                axis.plot(*zip(*points, strict=True), "o-", color=colour, label=label)
         axis.set(xscale="log", ylim=(0, None), xlabel="tokens of a document", ylabel="tokens a second")
         axis.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         axis.set_title(f"SmolLM2-{rows[0]['model'].upper()}'s shape", fontsize=10)

@@ -241,6 +241,15 @@ def _gradients_of(model: nn.Module) -> list[Tensor]:
     return [p.grad.float().cpu() for p in model.parameters() if p.grad is not None]
 
 
+def _apart(found: list[Tensor], wanted: list[Tensor]) -> float:
+    """Norm of the difference over the norm of what was wanted, all tensors together, summed in float64."""
+
+    def norm(parts: Iterator[Tensor]) -> float:
+        return math.sqrt(sum(float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2 for x in parts))
+
+    return norm(a - b for a, b in zip(found, wanted, strict=True)) / norm(iter(wanted))
+
+
 def trainer(cell: Cell, setting: Setting, device: torch.device) -> Trainer:
     """What takes the steps of a cell."""
     if cell.way == "distil":
@@ -318,22 +327,22 @@ class Bench:
             gradient = partial(self._gradient, kind, shape, length)
             with portable():
                 wanted, usual = gradient(narrow=False), gradient(narrow=True)
-            found[kind] = float((gradient(narrow=True) - wanted).norm() / wanted.norm())
-            found[f"{kind}, torch's operations"] = float((usual - wanted).norm() / wanted.norm())
+            found[kind] = _apart(gradient(narrow=True), wanted)
+            found[f"{kind}, torch's operations"] = _apart(usual, wanted)
         print(f"{shape}: gradients off by " + ", ".join(f"{k} {v:.1e}" for k, v in found.items()), flush=True)
         # Inside, torch's operations keep float32 where kernels round to bfloat16.
         found["right"] = all(found[kind] < 2 * found[f"{kind}, torch's operations"] for kind in ("ours", "transformer"))
         self.held["checks"][shape] = found
         self.write()
 
-    def _gradient(self, kind: Kind, shape: str, length: int, *, narrow: bool) -> Tensor:
+    def _gradient(self, kind: Kind, shape: str, length: int, *, narrow: bool) -> list[Tensor]:
         model = random_model(kind, shape, self.device, attention=_ATTENTION, num_hidden_layers=2)
         ids = random_ids(model, 1, length + 1, self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=narrow):
             hidden = model.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
             loss = next_token_loss_of_rows(hidden.flatten(0, 1), model.lm_head, ids[:, 1:].flatten(), float(length))
         loss.backward()
-        return torch.cat([p.grad.flatten().double() for p in model.parameters() if p.grad is not None])
+        return _gradients_of(model)
 
     def measure(self, cell: Cell) -> None:
         """Time a cell, computing layers again where it does not fit otherwise; out of memory is a result."""
@@ -407,13 +416,8 @@ class Bench:
                 return trainer(cell, setting, self.device).all_gradients()
 
         wanted = found(replace(setting.eager, narrow=False), "any")
-        size = math.sqrt(sum(float(x.norm()) ** 2 for x in wanted))
-
-        def error(setting: Setting) -> float:
-            apart = (a - b for a, b in zip(found(setting, attention), wanted, strict=True))
-            return math.sqrt(sum(float(x.norm()) ** 2 for x in apart)) / size
-
-        return {"compiled": error(replace(setting, recorded=False)), "uncompiled": error(setting.eager)}
+        ways = {"compiled": replace(setting, recorded=False), "uncompiled": setting.eager}
+        return {name: _apart(found(way, attention), wanted) for name, way in ways.items()}
 
     def _seconds(self, step: Callable[[], object]) -> float:
         self._wait()

@@ -10,26 +10,16 @@ Documents that `retrain` holds out by default are left out here too.  The same c
 from __future__ import annotations
 
 import argparse
-import json
 import random
 from pathlib import Path
 
 from power_retention.files import json_line, replacement
-from power_retention.training.text import hash_unit
+from power_retention.training.text import read_documents, split_held_out
 
-HELD_OUT = 0.05
-"""Share of documents, by their hash, that is kept for evaluation."""
 MOST_PASSAGES = 5
 SHORTEST, LONGEST = 128, 2048
 """Characters of a passage, drawn by the logarithm."""
 MOST_CHARACTERS = 12_000
-
-
-def read_training_texts(path: Path) -> list[str]:
-    """What is not held out."""
-    with path.open(encoding="utf-8") as lines:
-        texts = [json.loads(line)["text"] for line in lines]
-    return [text for text in texts if hash_unit(text, 0) >= HELD_OUT]
 
 
 def passage(text: str, rng: random.Random) -> str:
@@ -56,7 +46,7 @@ def main() -> None:
     arguments = parser.parse_args()
     rng = random.Random(arguments.seed)
     parted = [source.partition(":") for source in arguments.sources]
-    pools = [read_training_texts(Path(name)) for name, _, _ in parted]
+    pools = [split_held_out(read_documents([Path(name)]))[0] for name, _, _ in parted]
     weights = [float(weight or 1) for _, _, weight in parted]
     written = 0
     with replacement(arguments.out) as temporary, temporary.open("w", encoding="utf-8") as file:

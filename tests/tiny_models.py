@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -94,7 +95,7 @@ def tiny_model(**changes: Any) -> PowerRetentionForCausalLM:
 
 def tiny_parent(kind: str) -> PreTrainedModel:
     """A random Transformer of a family that can be converted."""
-    return randomise(AutoModelForCausalLM.from_config(PARENTS[kind])).eval()
+    return randomise(AutoModelForCausalLM.from_config(copy.deepcopy(PARENTS[kind]))).eval()
 
 
 @torch.no_grad()

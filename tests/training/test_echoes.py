@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -22,8 +23,8 @@ def sources(tmp_path: Path) -> list[str]:
     return [str(tmp_path / "apple.jsonl"), f"{tmp_path / 'pear.jsonl'}:9"]
 
 
-def echoes(monkeypatch: pytest.MonkeyPatch, out: Path, sources: list[str]) -> list[str]:
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), str(out), *sources, "--megabytes", "0.3"])
+def echoes(monkeypatch: pytest.MonkeyPatch, out: Path, sources: list[str], *options: str) -> list[str]:
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), str(out), *sources, "--megabytes", "0.3", *options])
     runpy.run_path(str(SCRIPT), run_name="__main__")
     return [json.loads(line)["text"] for line in out.read_text().splitlines()]
 
@@ -51,3 +52,17 @@ def test_nothing_that_is_held_out_and_the_same_every_time(
     assert seen
     assert not kept & seen
     assert echoes(monkeypatch, tmp_path / "again.jsonl", sources) == texts
+
+
+def test_what_is_asked_was_said(tmp_path: Path, sources: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = echoes(monkeypatch, tmp_path / "asked.jsonl", sources, "--asking", "--characters", "3000")
+    lengths = sorted(map(len, texts))
+    assert lengths[0] < 1200 < 2500 < lengths[-1] < 6000
+    questions = 0
+    for text in texts:
+        for found in re.finditer(r"^What is the (\w+) of (\w+)\? (\d+)\.$", text, re.MULTILINE):
+            questions += 1
+            noun, name, value = found.groups()
+            assert f"The {noun} of {name} is {value}." in text[: found.start()]
+    assert questions > 20
+    assert all(text.count("\n\n") >= 2 for text in texts)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from power_retention.training import losses, next_token
-from power_retention.training.losses import distillation_loss
+from power_retention.training.losses import distillation_loss, hidden_state_loss
 
 Problem = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -61,6 +61,24 @@ def test_nothing_to_learn_from_oneself() -> None:
     loss.backward()
     assert abs(float(kl)) < 1e-6
     assert float(hidden.grad.abs().max()) < 1e-9
+
+
+def test_how_far_vectors_are_off() -> None:
+    generator = torch.Generator().manual_seed(0)
+    got, wanted = (torch.randn(3, 7, 12, generator=generator) for _ in range(2))
+    wanted[0, 0] *= 1e3  # as a document's first token
+    got[1, 2] *= 1e3  # and where the student takes another one for it
+    got.requires_grad_()
+    ratio = ((got - wanted).double().square().sum(-1)) / wanted.double().square().sum(-1)
+    direct = (1 + ratio).log().mean()
+    error = hidden_state_loss(got, wanted)
+    torch.testing.assert_close(error.double(), direct, rtol=1e-6, atol=0)
+    mine, autograd = (torch.autograd.grad(3 * each, got)[0] for each in (error, direct))
+    torch.testing.assert_close(mine, autograd, rtol=1e-5, atol=1e-7)
+    assert mine[1, 2].norm() < mine.norm(dim=-1).median()
+    narrow = got.detach().bfloat16().requires_grad_()
+    hidden_state_loss(narrow, wanted.bfloat16()).backward()
+    torch.testing.assert_close(3 * narrow.grad.float(), autograd, rtol=5e-2, atol=1e-3)
 
 
 def test_the_records_carry_no_gradient() -> None:

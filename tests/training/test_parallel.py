@@ -40,7 +40,15 @@ from power_retention.training.text import Tokens
 from tiny_models import tiny_parent, tokens
 
 RECIPE = Recipe(
-    steps=8, align_share=0.5, batch=4, length=32, align_lr=2e-3, mixer_lr=1e-3, other_lr=5e-4, next_token_weight=0.2
+    steps=8,
+    align_share=0.5,
+    batch=4,
+    length=32,
+    align_lr=2e-3,
+    mixer_lr=1e-3,
+    other_lr=5e-4,
+    next_token_weight=0.2,
+    hidden_weight=0.5,
 )
 SAME = 1e-6
 """Relative difference of losses between numbers of ranks."""

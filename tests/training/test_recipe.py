@@ -50,6 +50,7 @@ def test_short_runs_have_finite_positive_rates(steps: int) -> None:
         ({"steps": 1, "batch": 0}, "not 1, 0 and 256"),
         ({"steps": 1, "length": 1}, "not 1, 4 and 1"),
         ({"steps": 1, "clip": 0.0}, "norm above 0, not to 0.0"),
+        ({"steps": 1, "hidden_weight": -1.0}, "hidden_weight must be at least 0, not -1.0"),
         ({"steps": 1, "align_share": 1.5}, r"align_share must lie in \[0, 1\], not 1.5"),
     ],
 )
@@ -78,6 +79,7 @@ def test_the_usual_recipe_follows_the_tokens() -> None:
     few, some, many = (Recipe.usual(steps, batch=8, length=1024) for steps in (20, 250, 8000))
     assert (few.align_share, few.mixer_lr, few.other_lr) == (0.8, 5e-4, 1e-4)
     assert (many.align_share, many.mixer_lr, many.other_lr) == (0.2, 1e-3, 3e-4)
+    assert many.hidden_weight == 1
     assert 0.3 < some.align_share < 0.8
     assert 5e-4 < some.mixer_lr < 1e-3
     given = Recipe.usual(8000, batch=8, length=1024, align_share=0.0, mixer_lr=None, seed=3)

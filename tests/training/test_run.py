@@ -28,6 +28,7 @@ from power_retention.errors import CheckpointError, OutputError, PowerRetentionE
 from power_retention.evaluation.loss import held_out_loss
 from power_retention.training import losses
 from power_retention.training.folder import RunFolder
+from power_retention.training.layers import outputs_kept
 from power_retention.training.mixture import read_mixture
 from power_retention.training.recipe import Recipe, Stage
 from power_retention.training.recording import Figures
@@ -36,7 +37,9 @@ from power_retention.training.run import Progress, RunInterrupted, execute, remo
 from power_retention.training.sharding import make_shards
 from power_retention.training.text import Tokens, read_documents, tokenize
 
-RECIPE = Recipe(steps=8, align_share=0.5, batch=2, length=64, align_lr=4e-3, mixer_lr=2e-3, other_lr=1e-3)
+RECIPE = Recipe(
+    steps=8, align_share=0.5, batch=2, length=64, align_lr=4e-3, mixer_lr=2e-3, other_lr=1e-3, hidden_weight=0.5
+)
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +128,32 @@ def test_stopped_and_resumed_it_ends_the_same(
     assert records(folder) == straight[1]
 
 
+def test_hidden_states_count_beside_the_kl(runs: Runs) -> None:
+    """Their gradient is added with its weight, the same where layers are computed again."""
+    none, half, whole, again = (
+        Retraining(
+            copy.deepcopy(runs.start),
+            copy.deepcopy(runs.source.model),
+            runs.corpus,
+            replace(RECIPE, hidden_weight=weight),
+            recompute=recompute,
+        )
+        for weight, recompute in ((0.0, False), (0.5, False), (1.0, False), (1.0, True))
+    )
+    found = [each.gradients(5, "distil") for each in (none, half, whole, again)]
+    assert "hidden_error" not in found[0]
+    assert all(each["kl"] == pytest.approx(found[0]["kl"], rel=1e-6) for each in found)
+    assert found[1]["loss"] == pytest.approx(found[1]["kl"] + 0.5 * found[1]["hidden_error"], rel=1e-6)
+    assert found[3]["loss"] == pytest.approx(found[2]["loss"], rel=1e-6)
+    one, two, three, four = (
+        torch.cat([p.grad.flatten() for p in each.student.parameters() if p.grad is not None])
+        for each in (none, half, whole, again)
+    )
+    assert float((two - (one + three) / 2).norm() / two.norm()) < 1e-5
+    assert float((three - four).norm() / three.norm()) < 1e-5
+    assert float((three - one).norm() / one.norm()) > 0.01
+
+
 @pytest.fixture(scope="module")
 def sharded(
     runs: Runs, stories_dir: Path, stories_text: Path, tmp_path_factory: pytest.TempPathFactory
@@ -146,14 +175,14 @@ def test_compiled_it_computes_the_same(
 ) -> None:
     """Traced for real; what is left out is the code generator, which not every machine has a compiler for."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    losses._compiled_losses.cache_clear()
+    losses._compiled.cache_clear()
     plain, compiled = sharded(), sharded(compiled=True)
     for step in range(3):  # the number of documents differs from step to step
         with torch.compiler.set_stance("default" if step < 2 else "fail_on_recompile"):
             got = compiled.gradients(step, stage)
         wanted = plain.gradients(step, stage)
         assert got["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
-    losses._compiled_losses.cache_clear()
+    losses._compiled.cache_clear()
     for one, other in zip(compiled.student.parameters(), plain.student.parameters(), strict=True):
         assert (one.grad is None) == (other.grad is None)
         if one.grad is not None and other.grad is not None:
@@ -190,19 +219,23 @@ class TestOnShards:
         borders = read.cu_seqlens.tolist()
         assert len(borders) > 3
         ids, positions = read.ids.flatten(), read.positions.flatten()
-        kl = torch.zeros(())
+        kl, error = torch.zeros(()), torch.zeros(())
         for start, stop in pairwise(borders):
             piece = {
                 "input_ids": ids[None, start:stop],
                 "position_ids": positions[None, start:stop],
                 "use_cache": False,
             }
-            with torch.no_grad():
+            with torch.no_grad(), outputs_kept(retraining.teacher.model.layers) as theirs:
                 wanted = retraining.teacher(**piece).logits.log_softmax(-1)
-            log_probability = retraining.student(**piece).logits.log_softmax(-1)
+            with outputs_kept(retraining.student.model.layers) as ours:
+                log_probability = retraining.student(**piece).logits.log_softmax(-1)
             kl = kl + (wanted.exp() * (wanted - log_probability)).sum() / len(ids)
-        kl.backward()
+            apart = ((a - b).square().sum(-1) / b.square().sum(-1) for a, b in zip(ours, theirs, strict=True))
+            error = error + sum((1 + each).log().sum() for each in apart) / len(theirs) / len(ids)
+        (kl + RECIPE.hidden_weight * error).backward()
         assert got["kl"] == pytest.approx(float(kl.detach()), rel=1e-4)
+        assert got["hidden_error"] == pytest.approx(float(error.detach()), rel=1e-4)
         alone = retraining.student.mixers[0].k_proj.weight.grad
         assert gradient is not None
         assert alone is not None

@@ -80,6 +80,9 @@ def retrain(
     clip: Annotated[
         float | None, typer.Option(help="Norm that larger gradients are scaled down to; 1. Single tokens make spikes.")
     ] = None,
+    hidden_weight: Annotated[
+        float | None, typer.Option(help="Weight beside the KL of how far each layer's output is off the teacher's; 1.")
+    ] = None,
     precision: Annotated[
         str, typer.Option(help="float32, bfloat16, or auto: whichever multiplies faster here.")
     ] = "auto",
@@ -169,6 +172,7 @@ def retrain(
                 "align_share": align_share,
                 "final_share": final_share,
                 "clip": clip,
+                "hidden_weight": hidden_weight,
             }
             if check_precision(precision) == "auto":
                 precision = ranks.same(fastest_precision(place))

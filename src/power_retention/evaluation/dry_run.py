@@ -26,8 +26,8 @@ from power_retention.training.parallel import Trunk, check_groups, make_mesh, pa
 
 _FLOAT32, _BFLOAT16 = 4, 2
 _ADAM_BYTES = 2 * _FLOAT32
-_BYTES_PER_LOGIT = 16
-"""Two rows of logits in bfloat16, what is computed from them in float32."""
+_BYTES_PER_LOGIT = 3 * _BFLOAT16
+"""Of the student, of the teacher, and their gradient; compiled, as on GPUs, nothing lies between them."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class RankMemory:
         gradients: its shards of the gradients, float32.
         teacher: its shards of the teacher, bfloat16.
         gathered: whole for the moment: embeddings and heads of both models, two layers, and a layer's gradients.
-        activations: kept for the backward pass.
+        activations: kept for the backward pass, the teacher's hidden states among them.
         logits: of a chunk of tokens, and the gradient of the head.
     """
 
@@ -197,7 +197,8 @@ def _activation_bytes(config: PowerRetentionConfig, tokens: int, recompute: bool
     layers = [activation_bytes_per_token(config, i) for i in range(config.num_hidden_layers)]
     kept = max(layers) + len(layers) * config.hidden_size * _FLOAT32 if recompute else sum(layers)
     ends = config.hidden_size * (2 * _FLOAT32 + 3 * _BFLOAT16)  # the last norm, both last hidden states, a gradient
-    return tokens * (kept + ends)
+    taught = len(layers) * config.hidden_size * _BFLOAT16
+    return tokens * (kept + taught + ends)
 
 
 def _logit_bytes(config: PowerRetentionConfig, tokens: int) -> int:

@@ -1,12 +1,14 @@
-"""How layers are run while they are trained: compiled, or computed again in the backward pass."""
+"""How layers are run while they are trained: compiled, computed again in the backward pass, listened to."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 
@@ -37,3 +39,13 @@ def recompute_layers(layers: Iterable[Any]) -> None:
     for layer in layers:
         layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
         layer.gradient_checkpointing = True
+
+
+@contextmanager
+def outputs_kept(layers: Iterable[Any]) -> Iterator[list[Tensor]]:
+    """The list that each layer's output comes into, in the order they are called."""
+    outputs: list[Tensor] = []
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.callback(layer.register_forward_hook(lambda *call: outputs.append(call[-1])).remove)
+        yield outputs

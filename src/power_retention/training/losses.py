@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -69,7 +69,7 @@ class _Distillation(torch.autograd.Function):
         kl, next_token = (student_head.new_zeros((), dtype=torch.float64) for _ in range(2))
         labelled = (labels >= 0).sum().clamp(min=1) if labelled is None else labelled
         tokens = len(labels)
-        losses = _compiled_losses() if compiled else _losses
+        losses = _compiled(_losses) if compiled else _losses
         chunk = _rows_at_a_time(student_head)
         for start in range(0, tokens, chunk):
             rows = slice(start, start + chunk)
@@ -107,9 +107,46 @@ def _losses(
     return kl, next_token, ((student - teacher) * kl_share + d_next_token).to(student_logits.dtype)
 
 
-@lru_cache
-def _compiled_losses() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    return torch.compile(_losses)
+def hidden_state_loss(got: Tensor, wanted: Tensor, *, compiled: bool = False) -> Tensor:
+    """How far vectors ``[..., d]`` are off: mean over them of log(1 + ‖got − wanted‖² / ‖wanted‖²).
+
+    Each against its own length, for a document's first token is a hundred times as long as others in many models; and the
+    logarithm, for where the student takes another token for such a one, its error is a thousand times the others'.
+
+    Args:
+        got: what is trained.
+        wanted: what it should be; constant.
+        compiled: by ``torch.compile``: both are read once.
+    """
+    error: Tensor = _HiddenStateLoss.apply(got, wanted, compiled)
+    return error
+
+
+class _HiddenStateLoss(torch.autograd.Function):
+    """Keeps what it was given, which others keep as well, and a number for each vector: no difference in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, got: Tensor, wanted: Tensor, compiled: bool) -> Tensor:
+        error, scale = (_compiled(_distances) if compiled else _distances)(got, wanted)
+        ctx.save_for_backward(got, wanted, scale)
+        return error
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        got, wanted, scale = ctx.saved_tensors
+        return (grad * scale[..., None] * (got.float() - wanted.float())).to(got.dtype), None, None
+
+
+def _distances(got: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """(:func:`hidden_state_loss`, what each vector's difference is multiplied with in its gradient)."""
+    squared = (got.float() - wanted.float()).square().sum(-1)
+    length = wanted.float().square().sum(-1)
+    return (squared / length).log1p().mean(), 2 / squared.numel() / (length + squared)
+
+
+@cache
+def _compiled(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    return torch.compile(function)
 
 
 def _rows_at_a_time(head: Tensor) -> int:

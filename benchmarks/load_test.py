@@ -53,6 +53,8 @@ MOST_NAMES = 4 * CLIENTS + 2
 VOCABULARY = 512
 LONGEST_HISTORY = 600
 ABORTED = "aborted"
+MOST_HEARD_LATE = 0.1
+"""Share of answers that were hung up on whose end may have been written first: a client waits for its own processor too."""
 SETTLING = 500
 """Requests in a server's life before its memory counts: until then it meets sizes for the first time."""
 MOST_GROWTH = 2.0
@@ -99,6 +101,9 @@ class World:
         default_factory=threading.Event
     )  # the server is being ended: connections may be lost
     books: dict[str, list[int]] = field(default_factory=dict)  # states that nobody replaces, and what they have read
+    hung_up_on: dict[str, set[int]] = field(
+        default_factory=dict
+    )  # names, and what they hold of answers written to the end
     alone: list[tuple[dict[str, Any], list[int], Written]] = field(default_factory=list)  # to be asked again, alone
 
     @property
@@ -228,9 +233,12 @@ class User:
         self.world.tally.count("list")
 
     def hang_up(self) -> None:
-        """Listen to the beginning of a long answer only, or not at all; nothing of it may be kept."""
-        names = {"save_state": f"{ABORTED}-{self.number}"} if self.rng.random() < 0.5 else {}
-        body = self.body(prompt=self.prompt(most=100), max_tokens=400, ignore_eos=True, vllm_xargs=names)
+        """Listen to the beginning of a long answer only, or not at all; nothing of it may be kept that is not whole."""
+        name, prompt, tokens = f"{ABORTED}-{self.number}", self.prompt(most=100), 400
+        names = {"save_state": name} if self.rng.random() < 0.5 else {}
+        if names:
+            self.world.hung_up_on.setdefault(name, set()).add(len(prompt) + tokens)
+        body = self.body(prompt=prompt, max_tokens=tokens, ignore_eos=True, vllm_xargs=names)
         wanted = self.rng.randint(0, 20)
         if wanted:
             stream = self.world.client.events("/v1/completions", body)
@@ -240,6 +248,7 @@ class User:
         else:
             self.world.client.hang_up("/v1/completions", body, stream=self.rng.random() < 0.5)
         self.world.tally.count("hung up")
+        self.world.tally.counts["hung up, to be named"] += len(names)
 
     def be_killed(self) -> None:
         """A client process that is killed while it listens."""
@@ -402,9 +411,7 @@ class Load:
         held = self.world.server.wait_until_free()
         if any(held.values()):
             self.world.tally.fault(f"After {phase}, nobody asks and the server holds {held}.")
-        listed = [state["id"] for state in self.world.client.call("GET", "/v1/states").body["data"]]
-        if kept := [name for name in listed if name.startswith(ABORTED)]:
-            self.world.tally.fault(f"After {phase}, {kept} are there, of answers that were hung up on.")
+        self.look_for_halves(phase)
         weight, tally = self.world.server.weigh(), self.world.tally
         self.rounds.append(
             Round(self.world.server.lives, phase, tally.requests - self.births, tally.requests,
@@ -415,6 +422,23 @@ class Load:
             f"{phase}: life {last.life}, {last.total} requests, {last.resident_mb:.1f} MB, {last.files} files",
             flush=True,
         )
+
+    def look_for_halves(self, phase: str) -> None:
+        """No state is there of a part of an answer; whole ones, written before that was heard, are counted and let go."""
+        counts, too_late = self.world.tally.counts, "written before the hanging up was heard"
+        for state in self.world.client.call("GET", "/v1/states").body["data"]:
+            name, seen = state["id"], state["tokens_seen"]
+            if not name.startswith(ABORTED):
+                continue
+            if seen not in self.world.hung_up_on[name]:
+                self.world.tally.fault(
+                    f"After {phase}, {name} has read {seen} tokens of an answer that was hung up on."
+                )
+            counts[too_late] += 1
+            self.world.client.call("DELETE", f"/v1/states/{name}")
+        late, all_named = counts[too_late], counts["hung up, to be named"]
+        if late > max(3, MOST_HEARD_LATE * all_named):
+            self.world.tally.fault(f"{late} of {all_named} answers that were hung up on were written to the end.")
 
     def ask_alone(self, phase: str) -> None:
         """Some of what was asked among others is asked again by one user alone, and answered in the same words."""

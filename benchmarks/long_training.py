@@ -1,11 +1,12 @@
 """Trains on one long document on one GPU, beside the same Transformer with FlashAttention; prints lines and writes JSON.
 
-    python benchmarks/long_training.py results.json [--quick] [--models 135m 1.7b] [--segment 32768] [--minutes 5]
+    python benchmarks/long_training.py results.json [--quick] [--models 135m 1.7b] [--kinds ours transformer] [--minutes 5]
 
 A step is a whole one: gradients by exact back-propagation in segments, clipping, AdamW.  Weights are random, in the shapes of
 SmolLM2-135M and SmolLM2-1.7B; matrix products are bfloat16, weights and optimiser state float32.  The Transformer is
 transformers' Llama of the same shape with torch's scaled-dot-product attention, ordinary back-propagation, the same loss (no
 full logits), the same checkpointing.  Before anything is timed, gradients in segments are held against those of the whole.
+What the file holds of models and kinds that are not asked for stays there.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from earlier import earlier, measured_where
 from power_retention.evaluation.memory import predict_training
 from power_retention.files import write_json
 from power_retention.machine import measure_footprint
@@ -64,8 +66,16 @@ class Bench:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.precision = torch.bfloat16 if self.device.type == "cuda" else None
         self.ends = time.monotonic() + 60 * minutes
+        self.same = {**measured_where(), "segment": segment, "compiled": compiled}
         self.rows: list[Row] = []
         self.checks: dict[str, Any] = {}
+
+    def keep(self, models: list[str], kinds: list[str]) -> None:
+        """Keep what was measured before, but for these kinds of these models."""
+        held = earlier(self.out, self.same)
+        self.checks = held.get("checks", {})
+        rows = held.get("rows", [])
+        self.rows = [Row(**row) for row in rows if row["model"] not in models or kind_of(row["kind"]) not in kinds]
 
     @property
     def left(self) -> float:
@@ -83,10 +93,8 @@ class Bench:
         self.write()
 
     def write(self) -> None:
-        name = torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU"
-        held: dict[str, Any] = {"device": name, "torch": torch.__version__, "segment": self.segment}
-        held |= {"compiled": self.compiled, "checks": self.checks, "rows": [asdict(row) for row in self.rows]}
-        write_json(self.out, held | {"ratios": self.ratios()})
+        rows = [asdict(row) for row in self.rows]
+        write_json(self.out, {**self.same, "checks": self.checks, "rows": rows, "ratios": self.ratios()})
 
     def ratios(self) -> dict[str, Any]:
         """Cost a token of ours against the Transformer's at each of its lengths, and how flat ours is."""
@@ -107,6 +115,11 @@ class Bench:
                 },
             }
         return found
+
+
+def kind_of(what: str) -> str:
+    """``ours`` or ``transformer``, of however many rows."""
+    return what.partition(",")[0]
 
 
 def build(kind: Kind, shape: str, bench: Bench, **changes: Any) -> PreTrainedModel:
@@ -289,6 +302,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--quick", action="store_true", help="tiny shapes and lengths, to see that everything runs")
     parser.add_argument("--models", nargs="+", choices=["135m", "1.7b"], default=["135m", "1.7b"])
+    parser.add_argument("--kinds", nargs="+", choices=["ours", "transformer"], default=["ours", "transformer"])
     parser.add_argument("--segment", type=int, default=32768)
     parser.add_argument("--minutes", type=float, default=5.0, help="nothing new is begun after that")
     parser.add_argument("--compile", action="store_true", help="compile the parts of layers, in both kinds of model")
@@ -300,12 +314,15 @@ def main() -> None:
     bench = Bench(arguments.out, arguments.quick, segment, arguments.minutes, arguments.compile)
     ours = [(1, 16), (2, 16), (1, 64)] if arguments.quick else FULL
     theirs = [20, 64] if arguments.quick else [10_000, 65536]
-    for shape in ["tiny"] if arguments.quick else arguments.models:
-        check(bench, shape)
-        clear()
-        time_ours(bench, shape, ours)
-        clear()
-        if bench.left > 0:
+    models = ["tiny"] if arguments.quick else arguments.models
+    bench.keep(models, arguments.kinds)
+    for shape in models:
+        if "ours" in arguments.kinds:
+            check(bench, shape)
+            clear()
+            time_ours(bench, shape, ours)
+            clear()
+        if "transformer" in arguments.kinds and bench.left > 0:
             time_transformer(bench, shape, theirs, 0.05 if arguments.quick else arguments.transformer_seconds)
         clear()
     print(bench.ratios())

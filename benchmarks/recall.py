@@ -4,7 +4,7 @@
 
 Power retention of several widths and powers, softmax attention over a window that weighs as much as each of these states, and
 over everything.  Prints a line a contender, writes JSON and, beside it, a PNG.  On one GPU a contender takes about
-half a minute a seed; with --quick, on one core of a computer, about one.
+half a minute a seed; with --quick, on one core of a computer, about one.  What the file holds already is not measured again.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from earlier import earlier, measured_where
 from power_retention.evaluation.figure import PLAIN_COLOUR, TEACHER_COLOUR
 from power_retention.evaluation.long.recall import (
     Contender,
@@ -49,20 +50,19 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         settings = RecallSettings(**{**vars(settings), "steps": options.steps})
     contenders = quick_contenders() if options.quick else usual_contenders()
     chosen = [contender for contender in contenders if not options.only or contender.name in options.only]
-    rows: list[dict[str, Any]] = []
-    report: dict[str, Any] = {}
+    sizes = {**vars(settings), "lengths": [list(length) for length in settings.lengths]}
+    same = {**measured_where(), "settings": sizes}
+    report = earlier(options.out, same)
+    rows: list[dict[str, Any]] = report.get("rows", [])
+    measured = {(row["name"], row["seed"]) for row in rows}
     for contender in chosen:
         for seed in range(options.seeds):
+            if (contender.name, seed) in measured:
+                continue
             rows += measure(contender, settings, seed=seed, device=device)
             shown = ", ".join(f"{row['pairs']}: {row['accuracy']:.3f}" for row in rows[-len(settings.lengths) :])
             print(f"{contender.name}, seed {seed}, {rows[-1]['state_bytes']:,} bytes: {shown}", flush=True)
-            report = {
-                "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
-                "torch": torch.__version__,
-                "settings": {**vars(settings), "lengths": [tuple(length) for length in settings.lengths]},
-                "rows": rows,
-                "smallest_states": smallest_states(rows),
-            }
+            report = {**same, "rows": rows, "smallest_states": smallest_states(rows)}
             write_json(options.out, report)
     for entry in report.get("smallest_states", []):
         needed = f"{entry['name']}, {entry['state_bytes']:,} bytes" if entry["name"] else "none of these states"

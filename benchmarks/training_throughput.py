@@ -49,6 +49,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface
 
+from earlier import earlier, measured_where
 from power_retention.files import write_json
 from power_retention.machine import matmul_rate
 from power_retention.models.sizes import attention_flops, count_parameters, recurrence_flops
@@ -288,15 +289,8 @@ class Bench:
         self.on_gpu = self.device.type == "cuda"
         self.compiled = self.on_gpu if compiled is None else compiled
         self.started, self.minutes, self.longest = time.monotonic(), minutes, 0.0
-        where = {"device": torch.cuda.get_device_name() if self.on_gpu else "CPU", "torch": torch.__version__}
-        self.held: dict[str, Any] = {**where, "compiled": self.compiled, "checks": {}, "cells": {}}
-        if out.exists():
-            held = json.loads(out.read_text(encoding="utf-8"))
-            if any(held.get(key) != value for key, value in where.items()):
-                raise SystemExit(
-                    f"{out} was measured on {held.get('device')}: name another file for {where['device']}."
-                )
-            self.held = held
+        where = measured_where()
+        self.held = earlier(out, where) or {**where, "compiled": self.compiled, "checks": {}, "cells": {}}
 
     @property
     def cells(self) -> dict[str, dict[str, Any]]:

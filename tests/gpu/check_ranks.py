@@ -112,8 +112,10 @@ class Runs:
         return [json.loads(path.with_suffix(f".rank{rank}.json").read_text()) for rank in range(gpus)]
 
 
-def check(gpus: int, name: str, layers: int | None, batch: int, length: int, device: str) -> dict[str, Any]:
-    """Every figure, and what is wrong."""
+def check(
+    gpus: int, name: str, layers: int | None, batch: int, length: int, device: str, out: Path | None
+) -> dict[str, Any]:
+    """Every figure, and what is wrong; what is known so far is in ``out``."""
     recipe = Recipe(
         STEPS, align_share=0.5, batch=batch, length=length, precision="float32", align_lr=1e-3, mixer_lr=1e-4
     )
@@ -133,6 +135,8 @@ def check(gpus: int, name: str, layers: int | None, batch: int, length: int, dev
             report[what] = {"difference": worst, "allowed": tolerance}
             if not worst <= tolerance:
                 report["wrong"].append(what)
+            if out:
+                write_json(out, report)
 
         for precision in ("float32", "bfloat16"):
             alone, together = runs(1, precision=precision)[0], runs(gpus, precision=precision)
@@ -182,7 +186,7 @@ def main() -> int:
         models, run, options = given.worker
         work(Path(models), Path(run), json.loads(options))
         return 0
-    report = check(given.gpus, given.preset, given.layers, given.batch, given.length, given.device)
+    report = check(given.gpus, given.preset, given.layers, given.batch, given.length, given.device, given.out)
     print(json.dumps(report, indent=2))
     if given.out:
         write_json(given.out, report)

@@ -1,4 +1,4 @@
-"""The plugin in vLLM on a GPU: log-probabilities against our Hugging Face class, CUDA graphs, named states, decoding speed.
+"""The plugin in vLLM on a GPU: log-probabilities against our Hugging Face class, CUDA graphs, prefix caching, named states.
 
     PYTHONPATH=src python tests/gpu/engine.py --out engine.json [--checks eager "named states"]
 
@@ -122,24 +122,6 @@ def check_states(folder: Path, states: Path) -> dict[str, Any]:
     return found
 
 
-def measure_decoding(folder: Path, **options: Any) -> dict[str, Any]:
-    """Milliseconds a step at several batches and contexts; a state's should not depend on the context."""
-    engine = start(folder, **options)
-    rows = {}
-    for batch in (1, 8, 32, 64):
-        for context in (64, 4096):
-            prompts = prompts_of([context] * batch, seed=batch)
-            generate(engine, prompts, 8, logprobs=None)
-            seconds = []
-            for tokens in (8, 136):
-                begun = time.perf_counter()
-                generate(engine, prompts, tokens, logprobs=None)
-                seconds.append(time.perf_counter() - begun)
-            rows[f"batch {batch}, context {context}"] = 1000 * (seconds[1] - seconds[0]) / 128
-    stop(engine)
-    return rows
-
-
 def checks(model: Path, states: Path) -> dict[str, Callable[[], dict[str, Any]]]:
     bfloat16 = {"additional_config": {"power_retention": {"state_dtype": "bfloat16"}}}
     return {
@@ -148,8 +130,6 @@ def checks(model: Path, states: Path) -> dict[str, Callable[[], dict[str, Any]]]
         "named states": lambda: check_states(model, states),
         "prefix caching": lambda: check_logits(model, enable_prefix_caching=True),
         "states in bfloat16": lambda: check_logits(model, **bfloat16),
-        "ms a step, states in float32": lambda: measure_decoding(model),
-        "ms a step, states in bfloat16": lambda: measure_decoding(model, **bfloat16),
     }
 
 

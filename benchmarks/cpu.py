@@ -29,7 +29,8 @@ import power_retention.models
 from power_retention import power_retention
 from power_retention.cli.env import collect
 from power_retention.evaluation.decode import DecodePoint, measure_in_own_process
-from power_retention.evaluation.figure import STUDENT_COLOUR, TEACHER_COLOUR, draw_decode_figure
+from power_retention.evaluation.drawing import STUDENT_COLOUR, TEACHER_COLOUR, figure_file, tidy
+from power_retention.evaluation.figure import draw_decode_figure
 from power_retention.files import write_json
 from power_retention.machine import matmul_rate
 from power_retention.ops import state_width
@@ -144,34 +145,27 @@ def _open(folder: Path) -> PreTrainedModel:
 
 
 def _draw_prefill(rows: list[dict[str, Any]]) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(5.5, 4.2), constrained_layout=True)
-    for name, label, colour in (
-        ("teacher", "Transformer (SDPA)", TEACHER_COLOUR),
-        ("student", "power retention", STUDENT_COLOUR),
-    ):
-        x = [row["tokens"] for row in rows]
-        axis.plot(
-            x,
-            [row["tokens"] / statistics.median(row["seconds"][name]) for row in rows],
-            "o-",
-            color=colour,
-            label=label,
-        )
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(x, [f"{value // 1024}k" for value in x])
-    axis.minorticks_off()
-    axis.set_ylim(bottom=0)
-    axis.set_xlabel("prompt, tokens")
-    axis.set_ylabel("prefill, tokens a second")
-    axis.grid(alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False)
-    figure.savefig(FIGURES / "cpu-prefill.png", dpi=150)
+    with figure_file(FIGURES / "cpu-prefill.png", size=(5.5, 4.2)) as (_, axis):
+        for name, label, colour in (
+            ("teacher", "Transformer (SDPA)", TEACHER_COLOUR),
+            ("student", "power retention", STUDENT_COLOUR),
+        ):
+            x = [row["tokens"] for row in rows]
+            axis.plot(
+                x,
+                [row["tokens"] / statistics.median(row["seconds"][name]) for row in rows],
+                "o-",
+                color=colour,
+                label=label,
+            )
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(x, [f"{value // 1024}k" for value in x])
+        axis.minorticks_off()
+        axis.set_ylim(bottom=0)
+        axis.set_xlabel("prompt, tokens")
+        axis.set_ylabel("prefill, tokens a second")
+        tidy(axis)
+        axis.legend(frameon=False)
 
 
 def main() -> None:

@@ -10,11 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
+
+from power_retention.evaluation.drawing import figure_file, tidy
 
 STYLES = {"states in float32": "C0", "states in bfloat16": "C2", "transformer": "C1"}
 BATCHES = ((1, ":"), (32, "-"))
@@ -22,30 +20,30 @@ BATCHES = ((1, ":"), (32, "-"))
 
 
 def draw(report: dict[str, Any], out: Path) -> None:
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for name, colour in STYLES.items():
-        rows = [row for row in report["parts"].get(name, {}).get("rows", []) if "batch" in row]
-        for context in (1024, 4096):
-            points = sorted((row["batch"], row["ms a step"]) for row in rows if row["context"] == context)
-            if len(points) > 2:
-                style = "-" if context == 1024 else "--"
-                left.plot(
-                    *zip(*points, strict=True), style, color=colour, marker="o", label=f"{name}, {context:,} tokens"
-                )
-        for batch, style in BATCHES:
-            points = sorted((row["context"], row["ms a step"]) for row in rows if row["batch"] == batch)
-            if len(points) > 1:
-                right.plot(*zip(*points, strict=True), style, color=colour, marker="o", label=f"{name}, batch {batch}")
-    left.set(xlabel="requests at once", ylabel="ms a step", ylim=(0, None))
-    right.set(xscale="log", yscale="log", xlabel="tokens read before", ylabel="ms a step")
-    right.yaxis.set_major_locator(FixedLocator([2, 4, 8, 16, 32]))
-    right.yaxis.set_major_formatter(ScalarFormatter())
-    right.yaxis.set_minor_locator(NullLocator())
-    for axis in (left, right):
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.3)
-        axis.legend(frameon=False, fontsize=8)
-    figure.savefig(out, dpi=150)
+    with figure_file(out, 1, 2, size=(11, 4.2)) as (_, (left, right)):
+        for name, colour in STYLES.items():
+            rows = [row for row in report["parts"].get(name, {}).get("rows", []) if "batch" in row]
+            for context in (1024, 4096):
+                points = sorted((row["batch"], row["ms a step"]) for row in rows if row["context"] == context)
+                if len(points) > 2:
+                    style = "-" if context == 1024 else "--"
+                    left.plot(
+                        *zip(*points, strict=True), style, color=colour, marker="o", label=f"{name}, {context:,} tokens"
+                    )
+            for batch, style in BATCHES:
+                points = sorted((row["context"], row["ms a step"]) for row in rows if row["batch"] == batch)
+                if len(points) > 1:
+                    right.plot(
+                        *zip(*points, strict=True), style, color=colour, marker="o", label=f"{name}, batch {batch}"
+                    )
+        left.set(xlabel="requests at once", ylabel="ms a step", ylim=(0, None))
+        right.set(xscale="log", yscale="log", xlabel="tokens read before", ylabel="ms a step")
+        right.yaxis.set_major_locator(FixedLocator([2, 4, 8, 16, 32]))
+        right.yaxis.set_major_formatter(ScalarFormatter())
+        right.yaxis.set_minor_locator(NullLocator())
+        for axis in (left, right):
+            tidy(axis)
+            axis.legend(frameon=False, fontsize=8)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,8 @@ from load_clients import CLOSE, Client, Judge, Lost, Refused, Written, killed_cl
 from load_servers import KINDS, NAME, USERS, Limits, Server
 from power_retention.conversion.convert import calibration_windows, convert, save_conversion
 from power_retention.conversion.source import open_source
-from power_retention.files import clear_write_errors, write_json
+from power_retention.evaluation.drawing import figure_file, tidy
+from power_retention.files import write_json
 
 CLIENTS = 6
 MOST_NAMES = 4 * CLIENTS + 2
@@ -621,28 +622,19 @@ def judge_growth(load: Load) -> dict[str, Any]:
 
 def draw(rounds: Sequence[Round], path: Path, title: str) -> None:
     """Resident memory and time a token against requests, a line for each life."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
-    for life in sorted({one.life for one in rounds}):
-        own = [one for one in rounds if one.life == life]
-        axes[0].plot([one.total for one in own], [one.resident_mb for one in own], ".-", ms=3)
-        axes[1].plot([one.total for one in own], [one.milliseconds for one in own], ".-", ms=3)
-    for axis, label in zip(
-        axes, ("resident memory of the server, MB", "milliseconds a token, all clients"), strict=True
-    ):
-        axis.set_ylim(0, 1.1 * axis.dataLim.y1)
-        axis.set_xlabel("requests; a line for each start of the server")
-        axis.set_ylabel(label)
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title)
-    with clear_write_errors(path):
-        figure.savefig(path, dpi=120)
-    plt.close(figure)
+    with figure_file(path, 1, 2, size=(10, 4), dpi=120) as (figure, axes):
+        for life in sorted({one.life for one in rounds}):
+            own = [one for one in rounds if one.life == life]
+            axes[0].plot([one.total for one in own], [one.resident_mb for one in own], ".-", ms=3)
+            axes[1].plot([one.total for one in own], [one.milliseconds for one in own], ".-", ms=3)
+        for axis, label in zip(
+            axes, ("resident memory of the server, MB", "milliseconds a token, all clients"), strict=True
+        ):
+            axis.set_ylim(0, 1.1 * axis.dataLim.y1)
+            axis.set_xlabel("requests; a line for each start of the server")
+            axis.set_ylabel(label)
+            tidy(axis)
+        figure.suptitle(title)
 
 
 def stories() -> str:

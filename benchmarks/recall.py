@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from earlier import earlier, measured_where
-from power_retention.evaluation.figure import PLAIN_COLOUR, TEACHER_COLOUR
+from power_retention.evaluation.drawing import PLAIN_COLOUR, TEACHER_COLOUR, figure_file, tidy
 from power_retention.evaluation.long.recall import (
     Contender,
     RecallSettings,
@@ -76,43 +76,35 @@ def quick_contenders() -> list[Contender]:
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (against_pairs, against_bytes) = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
-    rows = report["rows"]
-    names = list(dict.fromkeys(row["name"] for row in rows))
-    powers = [name for name in names if any(row["name"] == name and row["power"] for row in rows)]
-    for name in names:
-        mine = [row for row in rows if row["name"] == name]
-        if name in powers:
-            colour, style = POWER_COLOURS[powers.index(name) % len(POWER_COLOURS)], "o-"
-        else:
-            colour, style = (PLAIN_COLOUR, "s--") if mine[0]["window"] else (TEACHER_COLOUR, "o-")
-        pairs = sorted({row["pairs"] for row in mine})
-        means = [_mean(row["accuracy"] for row in mine if row["pairs"] == count) for count in pairs]
-        against_pairs.plot(pairs, means, style, ms=4, color=colour, label=name)
-        if name in powers or mine[0]["window"]:
-            recalled = max(count * mean for count, mean in zip(pairs, means, strict=True))
-            against_bytes.plot(mine[-1]["state_bytes"], recalled, style[0], color=colour, ms=7)
-            against_bytes.annotate(f" {name}", (mine[-1]["state_bytes"], recalled), fontsize=7)
-    against_pairs.set_xscale("log", base=2)
-    against_pairs.set_ylim(-0.03, 1.03)
-    against_pairs.set_xlabel("pairs")
-    against_pairs.set_ylabel("values recalled")
-    against_pairs.legend(frameon=False, fontsize=7)
-    against_bytes.set_xscale("log", base=2)
-    against_bytes.set_yscale("log", base=2)
-    against_bytes.set_xlabel("bytes of state at the longest sequence, float32")
-    against_bytes.set_ylabel("most pairs recalled × share")
-    for axis in (against_pairs, against_bytes):
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"Multi-query associative recall, {report['device']}", fontsize=10)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    with figure_file(path, 1, 2, size=(11, 4.2)) as (figure, (against_pairs, against_bytes)):
+        rows = report["rows"]
+        names = list(dict.fromkeys(row["name"] for row in rows))
+        powers = [name for name in names if any(row["name"] == name and row["power"] for row in rows)]
+        for name in names:
+            mine = [row for row in rows if row["name"] == name]
+            if name in powers:
+                colour, style = POWER_COLOURS[powers.index(name) % len(POWER_COLOURS)], "o-"
+            else:
+                colour, style = (PLAIN_COLOUR, "s--") if mine[0]["window"] else (TEACHER_COLOUR, "o-")
+            pairs = sorted({row["pairs"] for row in mine})
+            means = [_mean(row["accuracy"] for row in mine if row["pairs"] == count) for count in pairs]
+            against_pairs.plot(pairs, means, style, ms=4, color=colour, label=name)
+            if name in powers or mine[0]["window"]:
+                recalled = max(count * mean for count, mean in zip(pairs, means, strict=True))
+                against_bytes.plot(mine[-1]["state_bytes"], recalled, style[0], color=colour, ms=7)
+                against_bytes.annotate(f" {name}", (mine[-1]["state_bytes"], recalled), fontsize=7)
+        against_pairs.set_xscale("log", base=2)
+        against_pairs.set_ylim(-0.03, 1.03)
+        against_pairs.set_xlabel("pairs")
+        against_pairs.set_ylabel("values recalled")
+        against_pairs.legend(frameon=False, fontsize=7)
+        against_bytes.set_xscale("log", base=2)
+        against_bytes.set_yscale("log", base=2)
+        against_bytes.set_xlabel("bytes of state at the longest sequence, float32")
+        against_bytes.set_ylabel("most pairs recalled × share")
+        for axis in (against_pairs, against_bytes):
+            tidy(axis)
+        figure.suptitle(f"Multi-query associative recall, {report['device']}", fontsize=10)
 
 
 def _mean(values: Any) -> float:

@@ -46,8 +46,9 @@ from transformers.cache_utils import DynamicLayer
 
 from power_retention.cli.env import collect
 from power_retention.conversion.families import parent_config_to_ours
-from power_retention.evaluation.figure import STUDENT_COLOUR, TEACHER_COLOUR, against_context
-from power_retention.files import clear_write_errors, write_json
+from power_retention.evaluation.drawing import STUDENT_COLOUR, TEACHER_COLOUR, figure_file
+from power_retention.evaluation.figure import against_context
+from power_retention.files import write_json
 from power_retention.machine import copy_rate
 from power_retention.models import PowerRetentionCache, PowerRetentionConfig, PowerRetentionForCausalLM
 from power_retention.models.rows import PowerRetentionRows
@@ -577,28 +578,20 @@ def measure_shape(report: Report, shape: str, settings: Settings) -> None:
 
 def draw(rows: list[dict[str, Any]], shapes: tuple[str, ...], path: Path, title: str) -> None:
     """A line of three figures a shape: users, time of a step, most tokens a second, against context."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(len(shapes), 3, figsize=(15, 4.2 * len(shapes)), constrained_layout=True, squeeze=False)
-    for line, shape in zip(axes, shapes, strict=True):
-        own = [row for row in rows if row["shape"] == shape]
-        draw_users(line[0], own)
-        draw_times(line[1], own)
-        draw_rates(line[2], own)
-        for axis, label in zip(
-            line, ("users that fit", "milliseconds a step", "tokens a second, all users"), strict=True
-        ):
-            axis.set_yscale("log")
-            against_context(axis, sorted({row["context"] for row in own if row.get("context")}), label)
-            axis.legend(frameon=False, fontsize=8)
-        line[1].set_title(NAMES[shape])
-    figure.suptitle(title)
-    with clear_write_errors(path):
-        figure.savefig(path, dpi=120)
-    plt.close(figure)
+    with figure_file(path, len(shapes), 3, size=(15, 4.2 * len(shapes)), squeeze=False, dpi=120) as (figure, axes):
+        for line, shape in zip(axes, shapes, strict=True):
+            own = [row for row in rows if row["shape"] == shape]
+            draw_users(line[0], own)
+            draw_times(line[1], own)
+            draw_rates(line[2], own)
+            for axis, label in zip(
+                line, ("users that fit", "milliseconds a step", "tokens a second, all users"), strict=True
+            ):
+                axis.set_yscale("log")
+                against_context(axis, sorted({row["context"] for row in own if row.get("context")}), label)
+                axis.legend(frameon=False, fontsize=8)
+            line[1].set_title(NAMES[shape])
+        figure.suptitle(title)
 
 
 COLOURS = {"float32": STUDENT_COLOUR, "bfloat16": "#7fb7d9", PARENT: TEACHER_COLOUR}

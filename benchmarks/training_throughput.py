@@ -50,6 +50,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface
 
 from earlier import earlier, measured_where
+from power_retention.evaluation.drawing import STUDENT_COLOUR, TEACHER_COLOUR, figure_file, tidy
 from power_retention.files import write_json
 from power_retention.machine import matmul_rate
 from power_retention.models.sizes import attention_flops, count_parameters, recurrence_flops
@@ -508,31 +509,26 @@ def said(row: dict[str, Any]) -> str:
 
 def draw(held: dict[str, Any], out: Path) -> None:
     """Tokens a second and utilisation against length, one pair of axes a shape."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     right = {tuple(name.split()): row for name, row in held["cells"].items() if row.get("right")}
     shapes = sorted({shape for shape, _, _ in right})
-    figure, axes = plt.subplots(len(shapes), 2, figsize=(10, 3.8 * len(shapes)), squeeze=False, layout="constrained")
-    colours = {"transformer": "#b0413e", "plain": "#2f6690", "distil": "#6fa8c9"}
-    for shape, (rate, share) in zip(shapes, axes, strict=True):
-        for way, colour in colours.items():
-            rows = sorted((int(t), row) for (s, t, w), row in right.items() if (s, w) == (shape, way))
-            lengths = [length for length, _ in rows]
-            rate.plot(lengths, [row["tokens_per_second"] for _, row in rows], "o-", color=colour, label=way)
-            share.plot(lengths, [100 * row["of_peak"] for _, row in rows], "o-", color=colour)
-        lengths = sorted({int(t) for s, t, _ in right if s == shape})
-        for axis, label in ((rate, f"{shape}: tokens a second"), (share, "operations needed, % of the peak")):
-            axis.set(xscale="log", ylabel=label, xlabel="tokens a sequence", ylim=(0, None))
-            axis.set_xticks(lengths, [f"{length // 1024} k" if length >= 1024 else str(length) for length in lengths])
-            axis.minorticks_off()
-            axis.grid(alpha=0.25)
-            axis.spines[["top", "right"]].set_visible(False)
-        rate.legend(frameon=False)
-    figure.suptitle(f"Training steps on one {held['device']}")
-    figure.savefig(out, dpi=150)
+    with figure_file(out, len(shapes), 2, size=(10, 3.8 * len(shapes)), squeeze=False) as (figure, axes):
+        colours = {"transformer": TEACHER_COLOUR, "plain": STUDENT_COLOUR, "distil": "#6fa8c9"}
+        for shape, (rate, share) in zip(shapes, axes, strict=True):
+            for way, colour in colours.items():
+                rows = sorted((int(t), row) for (s, t, w), row in right.items() if (s, w) == (shape, way))
+                lengths = [length for length, _ in rows]
+                rate.plot(lengths, [row["tokens_per_second"] for _, row in rows], "o-", color=colour, label=way)
+                share.plot(lengths, [100 * row["of_peak"] for _, row in rows], "o-", color=colour)
+            lengths = sorted({int(t) for s, t, _ in right if s == shape})
+            for axis, label in ((rate, f"{shape}: tokens a second"), (share, "operations needed, % of the peak")):
+                axis.set(xscale="log", ylabel=label, xlabel="tokens a sequence", ylim=(0, None))
+                axis.set_xticks(
+                    lengths, [f"{length // 1024} k" if length >= 1024 else str(length) for length in lengths]
+                )
+                axis.minorticks_off()
+                tidy(axis)
+            rate.legend(frameon=False)
+        figure.suptitle(f"Training steps on one {held['device']}")
 
 
 def main() -> None:

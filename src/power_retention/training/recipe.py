@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any, Literal
 
 from power_retention.errors import ArgumentError
+from power_retention.training.schedule import warmed_cosine
 
 Stage = Literal["align", "distil"]
 
@@ -87,11 +88,7 @@ class Recipe:
         return self.mixer_lr * factor, self.other_lr * factor
 
     def _schedule(self, step: int, length: int) -> float:
-        warmup = max(1, round(self.warmup_share * length))
-        if step < warmup:
-            return (step + 1) / warmup
-        cosine = (1 + math.cos(math.pi * (step - warmup) / max(1, length - warmup))) / 2
-        return self.final_share + (1 - self.final_share) * cosine
+        return warmed_cosine(step, length, warmup_share=self.warmup_share, final_share=self.final_share)
 
     @classmethod
     def usual(cls, steps: int, *, batch: int, length: int, **given: Any) -> Recipe:

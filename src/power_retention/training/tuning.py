@@ -7,7 +7,6 @@ ends with the same weights bit for bit.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from power_retention.training.folder import RunFolder
 from power_retention.training.layers import compile_tokenwise, recompute_layers
 from power_retention.training.parallel import ALONE
 from power_retention.training.retraining import Metrics
+from power_retention.training.schedule import warmed_cosine
 from power_retention.training.segments import Bptt, Carry, backward_in_segments, trunk_of
 
 NO_LABEL = -100
@@ -124,10 +124,7 @@ class TuningRecipe:
 
     def learning_rate(self, step: int) -> float:
         """Of a step."""
-        warmup = max(1, round(self.warmup_share * self.steps))
-        if step < warmup:
-            return self.lr * (step + 1) / warmup
-        return self.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * (step - warmup) / max(1, self.steps - warmup))))
+        return self.lr * warmed_cosine(step, self.steps, warmup_share=self.warmup_share, final_share=0.1)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

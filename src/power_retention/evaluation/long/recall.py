@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from power_retention.errors import ArgumentError
 from power_retention.layers import PowerRetentionMixer
 from power_retention.ops.layout import state_width
+from power_retention.training.schedule import warmed_cosine
 
 IGNORED = -100
 EXPONENT = 0.01
@@ -229,7 +231,9 @@ def train(
     torch.manual_seed(seed)
     model = RecallModel(contender, settings).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, settings.steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, partial(warmed_cosine, steps=settings.steps, warmup_share=0.05)
+    )
     generator = torch.Generator(device).manual_seed(seed)
     for step in range(settings.steps):
         length = settings.lengths[step % len(settings.lengths)]
@@ -244,11 +248,6 @@ def train(
         if progress and (step + 1) % max(1, settings.steps // 20) == 0:
             progress(step + 1, float(loss.detach()))
     return model
-
-
-def _rate(step: int, steps: int) -> float:
-    warm = max(1, steps // 20)
-    return (step + 1) / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
 @torch.no_grad()

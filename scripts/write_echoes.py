@@ -35,20 +35,29 @@ class Fact(NamedTuple):
 
 
 FACTS = (
-    Fact("The {noun} of {name} is {value}.", "What is the {noun} of {name}?", " {value}."),
+    Fact("The {noun} of {name} is {value}.", "What is the {noun} of {name}? The {noun} of {name} is", " {value}."),
     Fact(
-        "{name} keeps the {noun} under number {value}.", "Under which number does {name} keep the {noun}?", " {value}."
+        "{name} keeps the {noun} under number {value}.",
+        "Under which number does {name} keep the {noun}? {name} keeps the {noun} under number",
+        " {value}.",
     ),
+    Fact(
+        "{name} took the {noun} to {word}.", "Where did {name} take the {noun}? {name} took the {noun} to", " {word}."
+    ),
+    Fact(
+        "{name}: Please remember {value} for the {noun}.",
+        "{name}: What was it for the {noun}? Please remember",
+        " {value} for the {noun}.",
+    ),
+    Fact("Q: {noun} of {name}?\nA: {value}", "Q: {noun} of {name}?\nA:", " {value}"),
+    Fact("| {name} | {noun} | {value} |", "| {name} | {noun} |", " {value} |"),
     Fact("{noun}_{low} = {value}", "{noun}_{low} =", " {value}"),
     Fact("[{low}]\n{noun} = {value}", "[{low}]\n{noun} =", " {value}"),
     Fact('"{low}": {{"{noun}": "{word}"}},', '"{low}": {{"{noun}":', ' "{word}"}},'),
-    Fact("{name} took the {noun} to {word}.", "Where did {name} take the {noun}?", " To {word}."),
-    Fact("In {word}, {name} met {other}.", "Whom did {name} meet in {word}?", " {other}."),
-    Fact(
-        "{name}: Please remember {value} for the {noun}.", "{name}: What was it for the {noun}?\nAnswer:", " {value}."
-    ),
     Fact("let {low} = {value}; let {noun}_2 = {low};", "{noun}_2 ==", " {value}"),
 )
+"""Questions end with the beginning of the sentence that answers them: without it a small teacher is three to ten times as
+unsure of the answer, and what a teacher does not know cannot be learned from it."""
 NOUNS = [
     "address",
     "badge",
@@ -96,9 +105,9 @@ def asking(texts: list[str], rng: random.Random, characters: int) -> str:
 
 def made_up(rng: random.Random, known: list[str]) -> Fact:
     """A fact about names and words that are known."""
-    name, other, word = (rng.choice(known) for _ in range(3))
+    name, word = rng.choice(known), rng.choice(known)
     value = str(rng.randint(1, 10 ** rng.randint(1, 7)))
-    parts = {"name": name, "other": other, "word": word, "low": name.lower(), "noun": rng.choice(NOUNS), "value": value}
+    parts = {"name": name, "word": word, "low": name.lower(), "noun": rng.choice(NOUNS), "value": value}
     return Fact(*(text.format(**parts) for text in rng.choice(FACTS)))
 
 

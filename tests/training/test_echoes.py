@@ -60,7 +60,7 @@ def test_what_is_asked_was_said(tmp_path: Path, sources: list[str], monkeypatch:
     assert lengths[0] < 1200 < 2500 < lengths[-1] < 6000
     questions = 0
     for text in texts:
-        for found in re.finditer(r"^What is the (\w+) of (\w+)\? (\d+)\.$", text, re.MULTILINE):
+        for found in re.finditer(r"^What is the (\w+) of (\w+)\? The \1 of \2 is (\d+)\.$", text, re.MULTILINE):
             questions += 1
             noun, name, value = found.groups()
             assert f"The {noun} of {name} is {value}." in text[: found.start()]

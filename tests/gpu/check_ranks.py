@@ -130,13 +130,16 @@ def check(
     with tempfile.TemporaryDirectory() as folder:
         runs = Runs(Path(folder), parent, recipe, device)
 
+        def keep() -> None:
+            if out:
+                write_json(out, report)
+
         def compare(what: str, got: list[float], wanted: list[float], tolerance: float) -> None:
             worst = max(abs(a - b) / abs(b) for a, b in zip(got, wanted, strict=True))
             report[what] = {"difference": worst, "allowed": tolerance}
             if not worst <= tolerance:
                 report["wrong"].append(what)
-            if out:
-                write_json(out, report)
+            keep()
 
         for precision in ("float32", "bfloat16"):
             alone, together = runs(1, precision=precision)[0], runs(gpus, precision=precision)
@@ -168,6 +171,7 @@ def check(
             "measured": measured,
             "ratio": measured / predicted.total,
         }
+        keep()
     return report
 
 
@@ -188,8 +192,6 @@ def main() -> int:
         return 0
     report = check(given.gpus, given.preset, given.layers, given.batch, given.length, given.device, given.out)
     print(json.dumps(report, indent=2))
-    if given.out:
-        write_json(given.out, report)
     return len(report["wrong"])
 
 

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from power_retention.conversion.convert import Conversion
 
 
+_FEWEST_TOKENS = 128
+"""What gates are calibrated on looks back over some dozens of tokens."""
+
+
 def register(app: typer.Typer) -> None:
     """Add the command."""
     app.command(no_args_is_help=True)(convert)
@@ -39,7 +43,7 @@ def convert(
             "context."
         ),
     ] = False,
-    windows: Annotated[int, typer.Option(help="Windows of 512 tokens to calibrate on.")] = 8,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of 512 tokens to calibrate on.")] = 8,
     seed: Seed = 0,
     json: Json = False,
 ) -> None:
@@ -77,10 +81,13 @@ def _windows(text: list[Path] | None, field: str, tokenizer: PreTrainedTokenizer
     import torch
 
     from power_retention.conversion.convert import calibration_windows, sample_text
+    from power_retention.errors import DataError
     from power_retention.training.text import read_documents, split_held_out, tokenize
 
     documents = split_held_out(read_documents(text, text_field=field))[0] if text else [sample_text()]
     ids = torch.from_numpy(tokenize(documents, tokenizer, max_tokens=64 * 512 * max(1, count // 8)).ids).long()
+    if len(ids) < _FEWEST_TOKENS:
+        raise DataError(f"The text has {len(ids)} tokens; calibration needs {_FEWEST_TOKENS}: give more, or no --text.")
     return calibration_windows(ids, count=count, length=min(512, len(ids)))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 _PROMPT = "The history of the city begins"
 _LONG = "Long contexts (--long)"
+_LEAST_COST = 0.01
+"""Nats that the hard swap must cost for a share of them to mean something."""
 
 
 def register(app: typer.Typer) -> None:
@@ -44,8 +47,8 @@ def evaluate(
     text: Text = None,
     text_field: TextField = "text",
     teacher: Teacher = None,
-    windows: Annotated[int, typer.Option(help="Held-out windows to predict.")] = 24,
-    length: Annotated[int, typer.Option(help="Tokens a window.")] = 512,
+    windows: Annotated[int, typer.Option(min=1, help="Held-out windows to predict.")] = 24,
+    length: Annotated[int, typer.Option(min=2, help="Tokens a window, no more than the teacher was made for.")] = 512,
     contexts: Annotated[
         str, typer.Option(help="Context lengths to measure decoding at, comma-separated; empty for none.")
     ] = "1024,4096,16384,32768",
@@ -72,7 +75,7 @@ def evaluate(
     shots: Annotated[
         int | None, typer.Option(min=0, help="Examples in a prompt; each task's custom by default.")
     ] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens of a generated answer.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens of an answer to --tasks.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 8,
     run_code: Annotated[bool, typer.Option(help="Execute the programs that models write (mbpp, humaneval).")] = False,
     hard_swap: Annotated[bool, typer.Option(help="Ask the hard swap too.")] = True,
@@ -161,6 +164,7 @@ def evaluate(
     from power_retention.errors import ArgumentError, DataError
     from power_retention.evaluation.generated import read_questions
     from power_retention.evaluation.long.figures import draw_long_figures
+    from power_retention.evaluation.long.report import merged
     from power_retention.files import clear_write_errors, write_json
     from power_retention.ops.layout import has_state
 
@@ -196,6 +200,7 @@ def evaluate(
     report = _earlier_report(out, model, student, source)
     with clear_write_errors(out):
         out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()  # what cannot be written is not measured first
     losses, samples, decode, drawn = {}, {}, {}, list[Path]()
     if suite:
         report["tasks"] = report.get("tasks", {}) | run_tasks(suite, options, student, source, report, out)
@@ -206,24 +211,29 @@ def evaluate(
         names += answered
         write_json(out / "evaluation.json", report)
     if long:
+        earlier = report.get("long")
 
         def save(found: dict[str, Any]) -> None:
-            report["long"] = found
+            report["long"] = merged(earlier, found)
             write_json(out / "evaluation.json", report)
 
-        drawn = draw_long_figures(run_long(long_options, student, source, model, save), out)
+        run_long(long_options, student, source, model, save)
+        drawn = draw_long_figures(report["long"], out)
     if held_out is not None:
         losses = _losses(student, source.model, model, held_out)
-        samples = _samples(student, source, prompt, seed) if prompt else {}
-        decode = _decode(model, source, decoded_at, out) if decoded_at else {}
         report |= {
             "held_out": {"windows": len(held_out), "length": held_out.shape[1]},
             "losses": {
                 name: {**loss.to_dict(), "recovered": _recovered(loss, losses)} for name, loss in losses.items()
             },
-            "samples": {"prompt": prompt, **samples} if samples else {},
-            "decode": {name: [point.to_dict() for point in points] for name, points in decode.items()},
         }
+        write_json(out / "evaluation.json", report)
+        if prompt:
+            samples = _samples(student, source, prompt, seed)
+            report["samples"] = {"prompt": prompt, **samples}
+        if decoded_at:
+            decode = _decode(model, source, decoded_at, out)
+            report["decode"] = {name: [point.to_dict() for point in points] for name, points in decode.items()}
         write_json(out / "evaluation.json", report)
     if json:
         print_json(report)
@@ -259,10 +269,20 @@ def _held_out_windows(text: list[Path], field: str, source: Source, windows: int
     import torch
 
     from power_retention.conversion.convert import calibration_windows
+    from power_retention.errors import DataError
     from power_retention.training.text import read_documents, split_held_out, tokenize
 
+    if length > (positions := source.model.config.max_position_embeddings):
+        status.print(f"The teacher was made for {positions:,} tokens: windows of so many are read.")
+        length = positions
     documents = split_held_out(read_documents(text, text_field=field))[1]
+    if not documents:
+        raise DataError("Of a single document nothing is held out; give a text of several, such as JSONL.")
     ids = tokenize(documents, source.tokenizer, max_tokens=4 * windows * length).ids
+    if len(ids) < length:
+        raise DataError(
+            f"The held-out text has {len(ids)} tokens; give more of it, or a --length of no more than these."
+        )
     return calibration_windows(torch.from_numpy(ids).long(), count=windows, length=length)
 
 
@@ -287,10 +307,12 @@ def _losses(
     return losses
 
 
-def _recovered(loss: HeldOutLoss, losses: dict[str, HeldOutLoss]) -> float:
-    """Share of the loss that the hard swap cost which this variant has back."""
-    hard, teacher = losses["hard swap"].loss, losses["teacher"].loss
-    return (hard - loss.loss) / (hard - teacher)
+def _recovered(loss: HeldOutLoss, losses: dict[str, HeldOutLoss]) -> float | None:
+    """Share of the loss that the hard swap cost which this variant has back; None where it cost nothing clear."""
+    hard, teacher = losses["hard swap"], losses["teacher"]
+    errors = [error for error in (hard.loss_error, teacher.loss_error) if not math.isnan(error)]
+    cost = hard.loss - teacher.loss
+    return (hard.loss - loss.loss) / cost if cost > max(_LEAST_COST, 2 * math.hypot(*errors)) else None
 
 
 def _samples(student: PowerRetentionForCausalLM, source: Source, prompt: str, seed: int) -> dict[str, str]:
@@ -342,9 +364,9 @@ def _show(
     rows = [
         (
             name,
-            f"{loss.loss:.3f} ± {loss.loss_error:.3f}",
+            f"{loss.loss:.3f}" + ("" if math.isnan(loss.loss_error) else f" ± {loss.loss_error:.3f}"),
             f"{loss.kl:.3f}",
-            f"{report['losses'][name]['recovered']:.0%}",
+            "–" if (share := report["losses"][name]["recovered"]) is None else f"{share:.0%}",
         )
         for name, loss in losses.items()
     ]

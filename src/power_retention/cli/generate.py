@@ -24,9 +24,11 @@ def generate(
     model: Annotated[Path, typer.Argument(help="A power-retention model.")],
     prompt: Annotated[str, typer.Argument(help="What to continue; - reads standard input.")],
     max_new_tokens: Annotated[int, typer.Option(min=0, help="Tokens at most; 0 only reads.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that hold this share.")] = 0.95,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1 it discourages repetition.")] = 1.1,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(min=0, max=1, help="Draw from the likeliest tokens that hold this share.")
+    ] = 0.95,
+    repetition_penalty: Annotated[float, typer.Option(min=0.1, help="Above 1 it discourages repetition.")] = 1.1,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     state: Annotated[
         Path | None, typer.Option(help="State file to go on from: what it has read is not read again.")
@@ -54,15 +56,18 @@ def generate(
         power-retention generate my-model-retrained "So in the last chapter" --state book.state
     """
     quiet_libraries()
+    from power_retention.errors import OutputError
     from power_retention.models import PowerRetentionCache
     from power_retention.serving.generate import Sampling, generate_text, open_tokenizer
 
+    if save_state is not None and not save_state.parent.is_dir():
+        raise OutputError(f"There is no folder {save_state.parent} to write {save_state.name} to.")
     with status.status(f"Opening {escape(str(model))}"):
         student, tokenizer = open_student(model).eval(), open_tokenizer(model)
         cache = PowerRetentionCache(student.config.num_hidden_layers) if save_state else None
         if state is not None:
             cache = PowerRetentionCache.load(state, student)
-    prompt = sys.stdin.read() if prompt == "-" else prompt
+    prompt = _standard_input() if prompt == "-" else prompt
     sampling = Sampling(max_new_tokens, temperature, top_p, repetition_penalty, seed)
     emit = None if json else lambda text: print(text, end="", flush=True)
     if not json and not chat and max_new_tokens:
@@ -81,3 +86,14 @@ def generate(
         print_json(result)
     elif max_new_tokens:
         print()
+
+
+def _standard_input() -> str:
+    from power_retention.errors import ArgumentError
+
+    try:
+        text = sys.stdin.read()
+        text.encode("utf-8")
+    except UnicodeError as error:
+        raise ArgumentError(f"Standard input is no UTF-8 text: {error}.") from error
+    return text

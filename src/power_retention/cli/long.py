@@ -57,8 +57,9 @@ class LongOptions:
             "lengths": whole_numbers("--lengths", self.lengths),
             "depths": self.depths,
             "seeds": self.seeds,
-            "tasks": tuple(name.strip() for name in self.tasks.split(",") if name.strip()),
+            "tasks": tuple(dict.fromkeys(name.strip() for name in self.tasks.split(",") if name.strip())),
             "stream_tokens": self.stream,
+            "seed": self.seed,
         }
         return replace(grid, **{name: value for name, value in given.items() if value not in (None, ())})
 
@@ -121,6 +122,7 @@ def run_long(
         folder: of the model.
         save: called with what is known after each model.
     """
+    from power_retention.errors import ArgumentError
     from power_retention.evaluation.long.asking import Effort, ask
     from power_retention.evaluation.long.context import Encoder
     from power_retention.evaluation.long.positions import losses_by_position
@@ -135,6 +137,8 @@ def run_long(
     with progress_bar("Writing contexts") as update:
         contexts, missing = write_contexts(grid, haystack, tree, update)
     streams = _streams(documents, tree, encoder, grid, options.seed)
+    if not contexts and not streams:
+        raise ArgumentError("; ".join(f"{task}: {why}" for task, found in missing.items() for why in found.values()))
     answers: dict[str, list[Answer]] = {}
     losses: dict[str, dict[str, list[PositionLoss]]] = {}
     kept, report = dict[str, Any](), dict[str, Any]()
@@ -155,6 +159,7 @@ def run_long(
             "lengths": list(grid.lengths),
             "depths": grid.places,
             "seeds": grid.seeds,
+            "seed": grid.seed,
             "models": kept,
             "tasks": tasks,
             "shortfalls": shortfalls(tasks),

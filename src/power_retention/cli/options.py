@@ -25,7 +25,7 @@ Teacher = Annotated[
     typer.Option("--teacher", help="The Transformer it came from: folder, hub id or GGUF. Noted at conversion."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
+Seed = Annotated[int, typer.Option("--seed", min=-(2**63), max=2**63 - 1, help="Seed of everything random.")]
 
 
 def quiet_libraries() -> None:

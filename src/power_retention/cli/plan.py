@@ -34,7 +34,9 @@ def plan(
     gpus: Annotated[str, typer.Option(help="How many of which GPU.")] = "1xH200",
     state_dtype: Annotated[str, typer.Option(help="Of the states: float32 or bfloat16.")] = "float32",
     ring: Annotated[int, typer.Option(help="Tokens folded at a time; 0 rewrites the state for each.")] = 32,
-    weight_bytes: Annotated[float, typer.Option(help="Bytes a weight: 2 for bfloat16, 1 for int8.")] = 2,
+    weight_bytes: Annotated[
+        float, typer.Option(min=0.1, max=16, help="Bytes a weight: 2 for bfloat16, 1 for int8.")
+    ] = 2,
     train_tokens: Annotated[str, typer.Option(help="Tokens to retrain on.")] = "1B",
     long_training: Annotated[
         str | None, typer.Option("--long-training", help="Also the memory of training on documents so long: 64k,1M.")
@@ -43,16 +45,22 @@ def plan(
     checkpointing: Annotated[
         bool, typer.Option("--activation-checkpointing", help="Its layers keep their inputs only.")
     ] = False,
-    utilisation: Annotated[float, typer.Option(help="Share of the GPU's operations that training reaches.")] = 0.4,
-    price: Annotated[float | None, typer.Option(help="Dollars an hour of one GPU.")] = None,
+    utilisation: Annotated[
+        float, typer.Option(min=0.01, max=1, help="Share of the GPU's operations that training reaches.")
+    ] = 0.4,
+    price: Annotated[float | None, typer.Option(min=0, help="Dollars an hour of one GPU.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Also draw users and speed against context, as a PNG.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Instead, lay a retraining out over the GPUs: what each has to hold.")
     ] = False,
-    ranks: Annotated[int | None, typer.Option(help="Of the dry run: GPUs, where not as --gpus says.")] = None,
-    replicas: Annotated[int, typer.Option(help="Of the dry run: groups of GPUs that hold all weights each.")] = 1,
-    batch: Annotated[int | None, typer.Option(help="Of the dry run: sequences a step; one a GPU by default.")] = None,
-    length: Annotated[int, typer.Option(help="Of the dry run: tokens a sequence.")] = 4096,
+    ranks: Annotated[int | None, typer.Option(min=1, help="Of the dry run: GPUs, where not as --gpus says.")] = None,
+    replicas: Annotated[
+        int, typer.Option(min=1, help="Of the dry run: groups of GPUs that hold all weights each.")
+    ] = 1,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Of the dry run: sequences a step; one a GPU by default.")
+    ] = None,
+    length: Annotated[int, typer.Option(min=1, help="Of the dry run: tokens a sequence.")] = 4096,
     recompute: Annotated[
         bool,
         typer.Option("--recompute/--no-recompute", help="Of the dry run: compute layers again in backward passes."),
@@ -76,8 +84,11 @@ def plan(
 
     count, gpu = parse_gpus(gpus, price)
     if dry_run:
+        from power_retention.errors import ArgumentError
         from power_retention.evaluation.dry_run import Layout
 
+        if plot is not None:
+            raise ArgumentError("A dry run has no figure: leave out --plot, or --dry-run.")
         count = ranks or count
         _dry_run(model, Layout(count, replicas, batch or count, length, recompute), gpu, json)
         return

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.markup import escape
+
 from power_retention.cli.display import progress_bar, results, status, table
 from power_retention.cli.placement import placed, placement
 
@@ -193,7 +195,7 @@ def show_tasks(rows: Mapping[str, Mapping[str, Any]]) -> None:
     for kind in dict.fromkeys(row["kind"] for row in rows.values()):
         lines = [
             (
-                f"{row['title']}\n{_shots(row['shots'])}{row['documents']:,} documents",
+                f"{escape(row['title'])}\n{_shots(row['shots'])}{row['documents']:,} documents",
                 f"{100 * row['chance']:.1f}",
                 *(_percent(row["scores"][model]) for model in models),
                 _percent(row["recovered"]["student"]),
@@ -207,7 +209,7 @@ def show_tasks(rows: Mapping[str, Mapping[str, Any]]) -> None:
     for row in rows.values():
         if row["cut"]:
             results.print(
-                f"{row['title']}: {row['cut']:,} prompts were too long for the model, and lost their beginning."
+                f"{escape(row['title'])}: {row['cut']:,} prompts were too long for the model, and lost their beginning."
             )
 
 

@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 
 from power_retention.errors import SourceError
 from power_retention.models import BrumbyConfig, PowerCoderConfig, PowerRetentionConfig
+from power_retention.models.sizes import head_width
 
 _SHARED_FIELDS = (
     "vocab_size",
@@ -120,11 +121,10 @@ def parent_config_to_ours(
         raise SourceError(
             f"A {config.model_type!r} model cannot be converted; supported are {', '.join(SUPPORTED_MODEL_TYPES)}."
         )
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return PowerRetentionConfig(
         **{name: getattr(config, name) for name in _SHARED_FIELDS},
         **_FAMILIES[config.model_type](config),
-        head_dim=head_dim,
+        head_dim=head_width(config),
         power=p,
         gate_bias=gate_bias,
         key_bias=key_bias,

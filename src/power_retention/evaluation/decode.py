@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from power_retention.errors import PowerRetentionError
 from power_retention.models import PowerRetentionCache, PowerRetentionForCausalLM
+from power_retention.models.sizes import head_width
 from power_retention.ops import PowerState
 
 WARM_UP = 3
@@ -82,10 +83,11 @@ def measure_in_own_process(
                 progress(points[-1])
         errors = process.stderr.read()
     if process.returncode:
-        last = errors.strip().splitlines()[-1:] or [f"exit status {process.returncode}"]
+        reason = (errors.strip().splitlines() or [f"exit status {process.returncode}"])[-1]
+        killed = process.returncode < 0 or "memory" in reason.lower()
+        advice = "; a shorter longest context needs less memory." if killed else "."
         raise PowerRetentionError(
-            f"Measuring {model_folder} stopped after {len(points)} of {len(contexts)} contexts ({last[0]}); "
-            "a shorter longest context needs less memory."
+            f"Measuring {model_folder} stopped after {len(points)} of {len(contexts)} contexts ({reason}){advice}"
         )
     return points
 
@@ -111,7 +113,7 @@ def measure(model: PreTrainedModel, context: int, tokens: int) -> DecodePoint:
 
 def _simulated_cache(model: PreTrainedModel, context: int) -> DynamicCache | PowerRetentionCache:
     config = model.config
-    heads, width = config.num_key_value_heads, config.head_dim
+    heads, width = config.num_key_value_heads, head_width(config)
     if isinstance(model, PowerRetentionForCausalLM):
         states = PowerRetentionCache(config.num_hidden_layers)
         for layer in states.layers:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from power_retention.errors import OutputError
 from power_retention.files import clear_write_errors, replacement
 
 TEACHER_COLOUR, STUDENT_COLOUR, PLAIN_COLOUR = "#b0413e", "#2f6690", "#b8b8b8"
@@ -30,20 +31,23 @@ def figure_file(
         The figure and its axes.
 
     Raises:
-        OutputError: the file cannot be written.
+        OutputError: the file cannot be written, or its ending is not known.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    kind = path.suffix[1:].lower() or "png"
     figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", **options)
     try:
+        if kind not in (known := figure.canvas.get_supported_filetypes()):
+            raise OutputError(f"{path} ends in no kind of figure: take one of {', '.join(sorted(known))}.")
         yield figure, axes
         with clear_write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacement(path) as partial:
-                figure.savefig(partial, dpi=dpi, format=path.suffix[1:] or "png")
+                figure.savefig(partial, dpi=dpi, format=kind)
     finally:
         plt.close(figure)
 

@@ -54,7 +54,8 @@ def read_questions(paths: Sequence[Path], *, limit: int | None = None) -> list[F
     questions: list[Free] = []
     for path in paths:
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            # Not splitlines: JSON strings may hold the other characters that it takes for line ends.
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
         except (OSError, ValueError) as error:
             raise DataError(f"{path} cannot be read ({error}); questions are JSON Lines in UTF-8.") from error
         questions += [_question(line, path, number) for number, line in enumerate(lines, 1) if line.strip()]
@@ -83,9 +84,15 @@ def _question(line: str, path: Path, number: int) -> Free:
             f'{path}, line {number}: {{"prompt": "…", "answers": ["…"]}} was expected, and at will "task" and "guess" (from 0, '
             f"below 1); this is none ({type(error).__name__}: {error})."
         ) from error
+    prompt, task, *answers = (_without_halves(text) for text in (prompt, task, *answers))
     space = "" if prompt[-1].isspace() else " "
     longest = max(answers, key=len)
     return Free(prompt, tuple(answers), (f"{space}{longest.strip()}",), guess, task=task)
+
+
+def _without_halves(text: str) -> str:
+    # JSON can spell half of a surrogate pair, which is no character and which no tokenizer takes.
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def check_lengths(questions: Sequence[Free], encoder: Encoder, positions: int) -> None:

@@ -10,6 +10,7 @@ Per token and head group, with D the width of a state (``docs/operator.md``), d 
 from __future__ import annotations
 
 import torch
+from transformers import PreTrainedConfig
 
 from power_retention.models.configuration import PowerRetentionConfig
 from power_retention.models.modeling import PowerRetentionForCausalLM
@@ -19,6 +20,12 @@ from power_retention.ops.ring import FOLD_SIZE
 NORMALIZER_BYTES = 4
 GATE_BYTES = 4
 COUNTER_BYTES = 12
+
+
+def head_width(config: PreTrainedConfig) -> int:
+    """d of the heads of any Transformer; some families' configurations leave it to be worked out."""
+    width: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return width
 
 
 def count_parameters(config: PowerRetentionConfig) -> int:

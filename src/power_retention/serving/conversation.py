@@ -33,6 +33,9 @@ class Conversation:
         seed: of what is random.
         system: a system message before the first one.
         piece: tokens of a message read at a time.
+
+    Raises:
+        ArgumentError: there is a system message, and no template to put it into.
     """
 
     def __init__(
@@ -46,6 +49,10 @@ class Conversation:
         system: str = "",
         piece: int = 256,
     ) -> None:
+        if system and not tokenizer.chat_template:
+            raise ArgumentError(
+                "This model has no chat template to put a system message into: say it in the first message."
+            )
         self.model, self.tokenizer, self.draw = model, tokenizer, draw
         self.max_tokens, self.system, self.piece = max_tokens, system, piece
         self.generator = torch.Generator().manual_seed(seed)

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
 
 from power_retention.errors import ArgumentError, SourceError
 from power_retention.models import PowerRetentionCache
+from power_retention.serving.text import TextStream
 
 
 @dataclass(frozen=True)
@@ -26,16 +28,26 @@ class Sampling:
     seed: int = 0
 
 
-class _Callback(TextStreamer):
-    """Hands over finished words."""
+class _Listener(BaseStreamer):
+    """Collects the text of an answer, and hands over what is certain of it as it comes."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, emit: Callable[[str], None]) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.emit = emit
+    def __init__(self, stream: TextStream, emit: Callable[[str], None] | None) -> None:
+        self.stream, self.emit, self.text, self._asked = stream, emit, "", False
 
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Pass the text on."""
-        self.emit(text)
+    def put(self, value: Tensor) -> None:
+        """Take the prompt, which comes first, and then tokens."""
+        tokens, self._asked = (value.flatten().tolist() if self._asked else []), True
+        for token in tokens:
+            self._say(self.stream.add(token))
+
+    def end(self) -> None:
+        """Say what was held back."""
+        self._say(self.stream.finish())
+
+    def _say(self, text: str) -> None:
+        self.text += text
+        if self.emit and text:
+            self.emit(text)
 
 
 def generate_text(
@@ -75,6 +87,7 @@ def generate_text(
     ids = inputs["input_ids"]
     if not ids.shape[1]:
         raise ArgumentError("The prompt is empty; at least one token was expected.")
+    listener = _Listener(TextStream(tokenizer, ids[0].tolist()), emit)
     torch.manual_seed(sampling.seed)
     random = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
     with torch.inference_mode(), _reading(model, ids.shape[1], progress):
@@ -87,7 +100,7 @@ def generate_text(
             attention_mask=torch.ones(1, seen + ids.shape[1], dtype=torch.long),
             max_new_tokens=sampling.max_new_tokens,
             repetition_penalty=sampling.repetition_penalty,
-            streamer=_Callback(tokenizer, emit) if emit else None,
+            streamer=listener,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
             prefill_chunk_size=prefill_chunk_size,
             **({} if cache is None else {"past_key_values": cache}),
@@ -95,7 +108,7 @@ def generate_text(
         )
         if cache is not None:  # generation does not read the last token it writes
             read_tokens(model, output[:, -1:], cache)
-    return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
+    return listener.text
 
 
 def read_tokens(

@@ -49,7 +49,7 @@ class PositionLoss:
 
 
 def make_streams(documents: Sequence[str], encoder: Encoder, *, streams: int, tokens: int) -> Tensor:
-    """``[S, n]``: rows of whole documents one after another, no document in two of them.
+    """``[S, n]``: rows of documents one after another; no token is in two of them.
 
     Args:
         documents: in the order in which they shall come.

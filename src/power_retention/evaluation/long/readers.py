@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from power_retention.layers.mixer import rotate
 from power_retention.models import PowerRetentionCache, PowerRetentionForCausalLM
-from power_retention.models.sizes import state_bytes
+from power_retention.models.sizes import head_width, state_bytes
 
 SINKS = 4
 """First tokens that a sliding window keeps: without them a trained Transformer falls silent (Xiao et al. 2024)."""
@@ -327,8 +327,7 @@ def matched_window(student: PowerRetentionForCausalLM, teacher: PreTrainedModel)
 def kept_bytes(model: PreTrainedModel, element_bytes: int | None = None) -> int:
     """Bytes of a token's keys and values in all layers; None: in the dtype of the model."""
     config = model.config
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    elements: int = config.num_hidden_layers * config.num_key_value_heads * 2 * width
+    elements: int = config.num_hidden_layers * config.num_key_value_heads * 2 * head_width(config)
     return elements * (element_bytes or _element_bytes(model))
 
 

@@ -94,6 +94,48 @@ def _gain(answers: Sequence[Answer]) -> Estimate:
     return mean(np.array([np.mean(values) for values in by_seed.values()]))
 
 
+def merged(earlier: Mapping[str, Any] | None, found: Mapping[str, Any]) -> dict[str, Any]:
+    """What was found, and beside it what an earlier call found of other tasks, lengths, models and streams.
+
+    Only what was asked in the same way goes together: with the same depths, seeds and precision.
+    """
+    if not earlier or any(earlier.get(name) != found[name] for name in ("run_in", "depths", "seeds", "seed")):
+        return dict(found)
+    tasks = {
+        name: _merged_task(earlier["tasks"].get(name), found["tasks"].get(name))
+        for name in TASKS
+        if name in earlier["tasks"] or name in found["tasks"]
+    }
+    streams = [*dict.fromkeys((*earlier["positions"], *found["positions"]))]
+    return {
+        **found,
+        "lengths": sorted({*earlier["lengths"], *found["lengths"]}),
+        "models": {**earlier["models"], **found["models"]},
+        "tasks": tasks,
+        "shortfalls": shortfalls(tasks),
+        "positions": {
+            name: _merged_stream(earlier["positions"].get(name), found["positions"].get(name)) for name in streams
+        },
+    }
+
+
+def _merged_task(earlier: Mapping[str, Any] | None, found: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    if not earlier or not found:
+        return found or earlier or {}
+    old, new = earlier["lengths"], found["lengths"]
+    lengths = {length: {**old.get(length, {}), **new.get(length, {})} for length in sorted({*old, *new}, key=int)}
+    missing = {length: reason for length, reason in earlier["missing"].items() if length not in new}
+    return {"lengths": lengths, "missing": {**missing, **found["missing"]}}
+
+
+def _merged_stream(earlier: Mapping[str, Any] | None, found: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    if not earlier or not found:
+        return found or earlier or {}
+    if any(earlier[name] != found[name] for name in ("streams", "tokens", "held_out")):
+        return found
+    return {**found, **{name: {**earlier[name], **found[name]} for name in ("models", "rise")}}
+
+
 def shortfalls(tasks: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Where recall by generation is below the teacher's by more than two standard errors, within the teacher's window."""
     found = []

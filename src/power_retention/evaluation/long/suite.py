@@ -44,6 +44,7 @@ class Grid:
         tasks: names.
         stream_tokens: of the text whose loss is taken by position; 0 for none.
         streams: rows of it.
+        seed: others ask of other contexts.
     """
 
     lengths: tuple[int, ...] = LENGTHS
@@ -52,12 +53,18 @@ class Grid:
     tasks: tuple[str, ...] = TASKS
     stream_tokens: int = 1 << 20
     streams: int = 3
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if unknown := [task for task in self.tasks if task not in TASKS]:
             raise ArgumentError(f"There is no long-context task {unknown[0]!r}; there are: {', '.join(TASKS)}.")
         if min((*self.lengths, self.depths, self.seeds, self.streams)) < 1 or self.stream_tokens < 0:
             raise ArgumentError("Lengths, depths, seeds and streams must be at least 1, and stream tokens at least 0.")
+
+    @property
+    def numbers(self) -> range:
+        """Of the contexts of a kind."""
+        return range(self.seed * self.seeds, (self.seed + 1) * self.seeds)
 
     @property
     def places(self) -> list[float]:
@@ -82,7 +89,7 @@ def write_contexts(
     """
     contexts: list[Context] = []
     missing: dict[str, dict[int, str]] = {}
-    kinds = [(task, length, seed) for task in grid.tasks for length in grid.lengths for seed in range(grid.seeds)]
+    kinds = [(task, length, seed) for task in grid.tasks for length in grid.lengths for seed in grid.numbers]
     for done, (task, length, seed) in enumerate(kinds, 1):
         try:
             if task == IDENTIFIERS:

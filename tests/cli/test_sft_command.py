@@ -83,6 +83,39 @@ def test_a_curriculum_stopped_and_resumed(here: Here, model: Path, data: Path) -
     assert AutoTokenizer.from_pretrained(data / "out").chat_template == TEMPLATE
 
 
+def test_resumed_with_what_it_was_begun_with(here: Here, model: Path, data: Path) -> None:  # noqa: F811
+    """Options and phases given anew are never silently ignored; the run, its settings written, has yet to take a step."""
+    from power_retention.training.tuning import TuningFolder, TuningPhase, TuningRecipe, read_curriculum
+
+    common = ("--chat-template", data / "template.jinja", "--device", "cpu", "--resume")
+    folder, chats = TuningFolder(data / "out" / "run"), ("--data", data / "chats.jsonl", *common)
+    folder.begin_tuning(TuningRecipe((TuningPhase(1, 512, name="tuning"),), lr=1e-6, seed=3), {})
+    for name, begun, other, said in (
+        ("--lr", "1e-06", "5e-3", "0.005"),
+        ("--seed", "3", "0", "0"),
+        ("--lora", "0", "2", "2"),
+        ("--precision", "float32", "bfloat16", "bfloat16"),
+        ("--steps", "1", "7", "7"),
+        ("--length", "512", "4k", "4096"),
+        ("--bptt", "exact", "truncated", "truncated"),
+    ):
+        sentence = f"The run was begun with {name} {begun}, not {said}: leave the option out, or choose a new folder."
+        assert here.refusal("sft", model, data / "out", *chats, name, other) == sentence
+    assert "--carry False, not True" in here.refusal("sft", model, data / "out", *chats, "--carry")
+    same = ("--lr", "0.000001", "--seed", "3", "--length", "512", "--precision", "auto")
+    done = here("sft", model, data / "out", *chats, *same)
+    assert done.code == 0, done.err
+
+    folder = TuningFolder(data / "phases" / "run")
+    phases = read_curriculum(data / "curriculum.toml")[1]
+    folder.begin_tuning(TuningRecipe(tuple(phases)), {})
+    resumed = ("sft", model, data / "phases", "--data", data / "curriculum.toml", *common)
+    (data / "curriculum.toml").write_text(CURRICULUM.replace("rows = 2", "rows = 4"))
+    assert "begun with rows of phase 1 2, not 4: give the curriculum" in here.refusal(*resumed)
+    (data / "curriculum.toml").write_text(CURRICULUM + "[[phase]]\nsteps = 1\nlength = 512\n")
+    assert "phases in number 2, not 3" in here.refusal(*resumed)
+
+
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 def test_adapters_are_kept_and_merged(here: Here, model: Path, data: Path) -> None:  # noqa: F811
     peft = pytest.importorskip("peft", reason="pip install power-retention[neighbours]")
@@ -131,6 +164,7 @@ def test_help_and_refusals(here: Here, model: Path, data: Path) -> None:  # noqa
         "sft", model, data / "out", *chats, "--length", "8", "--precision", "float32"
     )
     assert "bptt of a phase must be one of" in here.refusal("sft", model, data / "out", *chats, "--bptt", "none")
+    assert "rank of adapters must be" in here.refusal("sft", model, data / "out", *chats, "--lora", "-4")
     assert "does not exist" in here.refusal("sft", model, data / "out", "--data", data / "no.jsonl")
     assert "cannot be read" in here.refusal(
         "sft", model, data / "out", *chats[:2], "--chat-template", data / "no.jinja"

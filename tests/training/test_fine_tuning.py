@@ -6,6 +6,7 @@ import copy
 import functools
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -77,6 +78,11 @@ class TestPlan:
             length = self.LENGTHS[stream[start][0]]
             assert stream[start : start + length] == [(stream[start][0], t) for t in range(length)]
 
+    def test_any_seed(self) -> None:
+        phase = TuningPhase(30, 50)
+        plans = [plan_phase(self.LENGTHS, phase, seed=seed) for seed in (-2, -1, 0, 1)]
+        assert all(one not in plans[:number] for number, one in enumerate(plans))
+
     def test_nothing_short_enough(self) -> None:
         with pytest.raises(DataError, match="up to 8 tokens, and the shortest has 9"):
             plan_phase(self.LENGTHS, TuningPhase(1, 8), seed=0)
@@ -107,6 +113,11 @@ class TestCurriculum:
             ),
             ('data = ["x"]\n[[phase]]\nsteps = 3\nlength = 8\nwarm = 1', "has 'warm'; it may have steps"),
             ('data = ["x"]\n[[phase]]\nsteps = 3\nlength = 8\nbptt = "all"', "must be one of exact, truncated"),
+            ('data = ["x"]\nphase = [1]', "phase 1, is 1; a table with steps"),
+            ('data = ["x"]\nphase = []', "has no phase; at least one"),
+            ('data = ["x"]\n[[phase]]\nsteps = 3\nlength = 8\ncarry = "no"', "carry of a phase must be true or false"),
+            ('data = ["x"]\n[[phase]]\nsteps = 3\nlength = 8\nname = 1', "name of a phase must be a text, not 1"),
+            ('data = ["x"]\n[[phase]]\nsteps = 3.0\nlength = 8', "steps of a phase must be a positive whole number"),
         ],
     )
     def test_what_is_none_is_refused(self, text: str, message: str, tmp_path: Path) -> None:
@@ -118,6 +129,22 @@ class TestCurriculum:
     def test_rows_and_carried_states(self) -> None:
         with pytest.raises(ArgumentError, match="reads one row"):
             TuningPhase(1, 8, rows=2, carry=True)
+
+    @pytest.mark.parametrize(
+        ("values", "message"),
+        [
+            ({"phases": ()}, "at least one phase"),
+            ({"lr": 0.0}, "learning rate must be a finite number above 0, such as 2e-5, not 0.0"),
+            ({"lr": float("nan")}, "not nan"),
+            ({"lr": float("inf")}, "not inf"),
+            ({"clip": 0.0}, "finite norm above 0, not to 0.0"),
+            ({"clip": float("inf")}, "finite norm above 0, not to inf"),
+            ({"lora": -4}, "rank of adapters must be at least 1, or 0 .* not -4"),
+        ],
+    )
+    def test_numbers_that_make_no_recipe(self, values: dict[str, Any], message: str) -> None:
+        with pytest.raises(ArgumentError, match=message):
+            replace(CURRICULUM, **values)
 
     def test_a_recipe_as_json(self) -> None:
         assert TuningRecipe.from_dict(CURRICULUM.to_dict()) == CURRICULUM
@@ -140,10 +167,10 @@ class TestSteps:
                     assert labels[0, at] == (one.ids[t + 1] if learned else -100)
 
     def test_a_carried_document_is_read_as_one(self) -> None:
-        """While no weight changes, steps that carry states see the losses of whole documents."""
-        recipe = TuningRecipe((TuningPhase(6, 40, segment=16, bptt="truncated", carry=True),), lr=0.0)
+        """While no step is taken, those that carry states see the losses of whole documents."""
+        recipe = TuningRecipe((TuningPhase(6, 40, segment=16, bptt="truncated", carry=True),))
         tuning = Tuning(tiny_model().double(), EXAMPLES, recipe)
-        summed = sum(m["loss"] * m["labelled"] for m in map(tuning.step, range(6)))
+        summed = sum(m["loss"] * m["labelled"] for m in map(tuning.gradients, range(6)))
         read: dict[int, int] = {}
         for span in (span for row in rows(tuning) for span in row):
             assert span.start == read.get(span.example, 0)

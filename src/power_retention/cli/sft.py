@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
 import typer
 from rich.markup import escape
@@ -36,6 +38,7 @@ def register(app: typer.Typer) -> None:
 
 
 def sft(
+    context: typer.Context,
     model: Annotated[Path, typer.Argument(help="A power-retention model: converted, retrained or published.")],
     out: Annotated[Path, typer.Argument(help="A new folder for the tuned model and the records of the run.")],
     data: Annotated[
@@ -119,6 +122,9 @@ def sft(
     if resume and folder.exists:
         recipe, noted = folder.read_tuning()
         _check_same(noted, given)
+        _check_options(context, recipe)
+        if data.suffix == ".toml":
+            _check_phases(phases, recipe.phases)
     else:
         recipe = _make_recipe(phases, place, precision, lr=lr, seed=seed, lora=lora, checkpointed=checkpointing)
     tuned = with_adapters(student, recipe.lora, recipe.lora_alpha) if recipe.lora else student
@@ -193,6 +199,48 @@ def _check_same(noted: dict[str, Any], given: dict[str, Any]) -> None:
             raise CheckpointError(
                 f"This run was begun with {name} {value}, not {given.get(name)}: resume it with the same."
             )
+
+
+def _check_options(context: typer.Context, recipe: TuningRecipe) -> None:
+    """Refuse options given with --resume that the run was not begun with; those left out are the run's."""
+    from power_retention.evaluation.plan import parse_count
+
+    noted: dict[str, Any] = {name: getattr(recipe, name) for name in ("lr", "lora", "seed", "precision")}
+    noted["checkpointing"] = recipe.checkpointed
+    if context.params["data"].suffix != ".toml":
+        names = ("steps", "length", "rows", "segment", "bptt", "carry")
+        noted |= {name: _of_all([getattr(phase, name) for phase in recipe.phases]) for name in names}
+    options = {parameter.name: parameter.opts[0] for parameter in context.command.params}
+    for name, begun in noted.items():
+        now, source = context.params[name], context.get_parameter_source(name)
+        if source is None or source.name != "COMMANDLINE" or (name, now) == ("precision", "auto"):
+            continue
+        if name in ("length", "segment"):
+            now = parse_count(now)
+        if now != begun:
+            _refuse_another(options[name], begun, now, "leave the option out")
+
+
+def _of_all(values: list[Any]) -> Any:
+    """What the phases have, one value where there is one phase."""
+    return values[0] if len(values) == 1 else values
+
+
+def _check_phases(given: Sequence[TuningPhase], begun: Sequence[TuningPhase]) -> None:
+    """Refuse a curriculum that is another by now; the names of phases are for people."""
+    remedy = "give the curriculum that it was begun with"
+    if len(given) != len(begun):
+        _refuse_another("phases in number", len(begun), len(given), remedy)
+    for number, (new, old) in enumerate(zip(given, begun, strict=True), 1):
+        for name, value in asdict(new).items():
+            if name != "name" and value != getattr(old, name):
+                _refuse_another(f"{name} of phase {number}", getattr(old, name), value, remedy)
+
+
+def _refuse_another(name: str, begun: object, given: object, remedy: str) -> NoReturn:
+    from power_retention.errors import CheckpointError
+
+    raise CheckpointError(f"The run was begun with {name} {begun}, not {given}: {remedy}, or choose a new folder.")
 
 
 def _report_too_long(examples: list[Example], recipe: TuningRecipe) -> None:

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -95,26 +96,48 @@ def _example(record: Any, tokenizer: PreTrainedTokenizerBase, chat_template: str
         return _conversation(record, tokenizer, chat_template, where)
     if "prompt" in record or "completion" in record:
         prompt, completion = (text_of_record(record, name, where) for name in ("prompt", "completion"))
-        before, after = (tokenizer(prompt)["input_ids"], tokenizer(completion, add_special_tokens=False)["input_ids"])
-        return _joined(before, [*after, *_end(tokenizer)])
+        return _completed(prompt, completion, tokenizer)
     if "text" in record:
-        return _joined([], [*tokenizer(text_of_record(record, "text", where))["input_ids"], *_end(tokenizer)])
+        return _ended(tokenizer(text_of_record(record, "text", where))["input_ids"], 0, tokenizer)
     fields = ", ".join(map(repr, record)) or "none"
     raise DataError(f"{where} has the fields {fields}; messages, or prompt and completion, or text was expected.")
 
 
-def _joined(before: list[int], learned: list[int]) -> Example:
-    return Example(np.asarray([*before, *learned], np.int32), np.arange(len(before) + len(learned)) >= len(before))
+def _completed(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase) -> Example:
+    """Both as one text: tokenized by itself, a completion would get the space that some tokenizers put before a text."""
+    if not tokenizer.is_fast:
+        ids = tokenizer(prompt + completion)["input_ids"]
+        return _ended(ids, _shared(tokenizer(prompt)["input_ids"], ids), tokenizer)
+    read = tokenizer(prompt + completion, return_offsets_mapping=True)
+    # A token that joins the prompt's last space to the completion's first word is the completion's.
+    reaching = (number for number, (_, stop) in enumerate(read["offset_mapping"]) if stop > len(prompt))
+    return _ended(read["input_ids"], next(reaching, len(read["input_ids"])), tokenizer)
 
 
-def _end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+def _ended(ids: list[int], first: int, tokenizer: PreTrainedTokenizerBase) -> Example:
+    """Tokens that are learned from number ``first`` on, and one end token after them, learned in any case."""
+    end = tokenizer.eos_token_id
+    whole = ids if end is None or ids[-1:] == [end] else [*ids, end]
+    learned = np.arange(len(whole)) >= first
+    learned[len(whole) - 1 :] |= end is not None
+    return Example(np.asarray(whole, np.int32), learned)
+
+
+def _repaired(value: Any) -> Any:
+    """JSON without the halves of surrogate pairs that it can spell, which are no characters and which no tokenizer takes."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode("utf-8")
+    if isinstance(value, list):
+        return [_repaired(item) for item in value]
+    if isinstance(value, dict):
+        return {_repaired(name): _repaired(item) for name, item in value.items()}
+    return value
 
 
 def _conversation(
     record: dict[str, Any], tokenizer: PreTrainedTokenizerBase, chat_template: str | None, where: str
 ) -> Example:
-    messages = record["messages"]
+    messages = _repaired(record["messages"])
     template = chat_template or tokenizer.chat_template
     if not isinstance(template, str):
         raise DataError(
@@ -124,7 +147,7 @@ def _conversation(
         isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages
     ):
         raise DataError(f"{where} has messages that are no list of objects with a role and a content.")
-    options = {"chat_template": template, "tools": record.get("tools")}
+    options = {"chat_template": template, "tools": _repaired(record.get("tools"))}
     try:
         if _GENERATION.search(template):
             read = tokenizer.apply_chat_template(
@@ -174,11 +197,23 @@ def _spans(
 def dump_examples(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     """For people: each document, with what is learned between ⟦ and ⟧."""
     for example in examples:
-        parts: list[str] = []
-        edges = np.flatnonzero(np.diff(example.learned)) + 1
-        for piece, learned in zip(
-            np.split(example.ids, edges), [bool(example.learned[i]) for i in (0, *edges)], strict=True
-        ):
-            text = tokenizer.decode(piece.tolist())
-            parts.append(f"⟦{text}⟧" if learned else text)
+        edges = [0, *(np.flatnonzero(np.diff(example.learned)) + 1).tolist(), len(example)]
+        text, places = _decoded(example, edges, tokenizer)
+        pieces = (text[a:b] for a, b in pairwise(places))
+        parts = (f"⟦{piece}⟧" if example.learned[i] else piece for i, piece in zip(edges, pieces, strict=False))
         yield json.dumps("".join(parts), ensure_ascii=False)
+
+
+def _decoded(example: Example, edges: list[int], tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[int]]:
+    """The text of a document, and the places in it of some of its tokens.
+
+    Decoded by itself a piece may lose the space before its first word, and a character of several tokens may break.
+    """
+    beginnings = [tokenizer.decode(example.ids[:edge].tolist()) for edge in edges]
+    return beginnings[-1], [_shared(beginning, beginnings[-1]) for beginning in beginnings]
+
+
+def _shared(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How many items both begin with."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((number for number, (a, b) in pairs if a != b), min(len(one), len(other)))

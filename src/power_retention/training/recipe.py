@@ -58,10 +58,14 @@ class Recipe:
             raise ArgumentError(
                 f"A recipe needs at least 1 step, 1 sequence and 2 tokens, not {self.steps}, {self.batch} and {self.length}."
             )
-        if not self.clip > 0:
-            raise ArgumentError(f"Gradients can be clipped to a norm above 0, not to {self.clip}.")
-        if self.hidden_weight < 0:
-            raise ArgumentError(f"hidden_weight must be at least 0, not {self.hidden_weight}.")
+        if not 0 < self.clip < math.inf:
+            raise ArgumentError(f"Gradients can be clipped to a finite norm above 0, not to {self.clip}.")
+        for name, rate in (("align_lr", self.align_lr), ("mixer_lr", self.mixer_lr)):
+            if not 0 < rate < math.inf:
+                raise ArgumentError(f"{name} must be a finite number above 0, not {rate}.")
+        for name, value in (("other_lr", self.other_lr), ("hidden_weight", self.hidden_weight)):
+            if not 0 <= value < math.inf:
+                raise ArgumentError(f"{name} must be a finite number and at least 0, not {value}.")
         for name, share in (("align_share", self.align_share), ("final_share", self.final_share)):
             if not 0 <= share <= 1:
                 raise ArgumentError(f"{name} must lie in [0, 1], not {share}.")

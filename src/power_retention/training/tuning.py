@@ -7,6 +7,7 @@ ends with the same weights bit for bit.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -58,6 +59,9 @@ class TuningPhase:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ArgumentError(f"{name} of a phase must be a positive whole number, not {value!r}.")
+        for name, kind, wanted in (("carry", bool, "true or false"), ("name", str, "a text")):
+            if not isinstance(value := getattr(self, name), kind):
+                raise ArgumentError(f"{name} of a phase must be {wanted}, not {value!r}.")
         if self.bptt not in get_args(Bptt):
             raise ArgumentError(f"bptt of a phase must be one of {', '.join(get_args(Bptt))}, not {self.bptt!r}.")
         if self.carry and self.rows > 1:
@@ -94,6 +98,18 @@ class TuningRecipe:
     lora: int = 0
     lora_alpha: float = 16.0
     checkpointed: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.phases:
+            raise ArgumentError("A fine-tuning needs at least one phase, and none was given.")
+        if not 0 < self.lr < math.inf:
+            raise ArgumentError(f"The learning rate must be a finite number above 0, such as 2e-5, not {self.lr}.")
+        if not 0 < self.clip < math.inf:
+            raise ArgumentError(f"Gradients can be clipped to a finite norm above 0, not to {self.clip}.")
+        if self.lora < 0:
+            raise ArgumentError(
+                f"The rank of adapters must be at least 1, or 0 to train the weights themselves, not {self.lora}."
+            )
 
     @property
     def steps(self) -> int:
@@ -162,12 +178,16 @@ def read_curriculum(path: Path) -> tuple[list[Path], list[TuningPhase]]:
         )
     if not isinstance(data, list) or not data or not all(isinstance(name, str) for name in data):
         raise DataError(f'{path} needs data = ["chats.jsonl"], a list of files or folders.')
+    if not tables:
+        raise DataError(f"{path} has no phase; at least one table [[phase]] with steps and length was expected.")
     phases = [_phase(path, number, table) for number, table in enumerate(tables, 1)]
     return [path.parent / name for name in data], phases
 
 
-def _phase(path: Path, number: int, table: dict[str, Any]) -> TuningPhase:
+def _phase(path: Path, number: int, table: Any) -> TuningPhase:
     where = f"{path}, phase {number}"
+    if not isinstance(table, dict):
+        raise DataError(f"{where}, is {table!r}; a table with steps and length was expected.")
     known = [field.name for field in fields(TuningPhase)]
     if unknown := sorted(table.keys() - set(known)):
         raise DataError(f"{where}, has {', '.join(map(repr, unknown))}; it may have {', '.join(known)}.")
@@ -219,7 +239,8 @@ def _stream(lengths: Sequence[int], phase: TuningPhase, seed: int) -> _Stream:
     def forever() -> Iterator[Span]:
         epoch = 0
         while True:
-            for i in np.random.default_rng([seed, epoch]).permutation(len(usable)):
+            # numpy takes no negative seeds; those of 64 bits, times the million of Tuning._plan, stay as they are.
+            for i in np.random.default_rng([seed % 2**128, epoch]).permutation(len(usable)):
                 yield Span(usable[i], 0, lengths[usable[i]])
             epoch += 1
 

@@ -16,6 +16,13 @@ from typing import Any
 
 from power_retention.errors import DataError, OutputError
 
+try:
+    import fcntl
+except ImportError:  # another system than Unix
+    fcntl = None  # type: ignore[assignment]
+
+LOCK = ".lock"
+"""The hidden file of a folder by which one process keeps others out, see :func:`held_folder`."""
 UNFINISHED = ".tmp"
 """Ending of hidden files that are being written, see :func:`replacement`."""
 
@@ -60,6 +67,31 @@ def clear_write_errors(target: Path) -> Iterator[None]:
         if type(error).__name__ != "SafetensorError":
             raise
         raise OutputError(f"Could not write {target}: {error}. Free some space and run the command again.") from error
+
+
+@contextmanager
+def held_folder(folder: Path) -> Iterator[None]:
+    """Keep other processes that ask for it out of a folder until this is over, or this process ends.
+
+    Where the system or the disk knows no such locks, nobody is kept out.
+
+    Raises:
+        OutputError: another process holds it, or it cannot be made.
+    """
+    with clear_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK).open("ab")
+    with file:
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OutputError(
+                f"{folder} is being written by another process: wait for its end, or choose another folder."
+            ) from error
+        except OSError:
+            pass  # a disk without locks: nobody can be kept out
+        yield
 
 
 @contextmanager

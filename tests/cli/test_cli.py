@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from power_retention.cli import main
+from power_retention.files import held_folder
 from real_models import write_stories_gguf, write_stories_model
 from tiny_models import randomise
 
@@ -305,6 +306,40 @@ class TestTheWholePath:
             "retrain", path.converted, tmp_path, "--text", other, "--resume"
         )
 
+    def test_text_that_changed_is_not_resumed_on(
+        self, path: WholePath, stories_text: Path, tmp_path: Path, here: Here
+    ) -> None:
+        text = Path(shutil.copy(stories_text, tmp_path / "own.jsonl"))
+        arguments = ("retrain", path.converted, tmp_path / "out", "--text", text)
+        assert here(*arguments, *RECIPE).code == 0
+        (tmp_path / "out" / "config.json").unlink()  # as if it had not been finished
+        lines = text.read_text().splitlines()
+        text.write_text("\n".join(lines[:-20]))
+        message = here.refusal(*arguments, "--resume")
+        assert message == f"The text ({text}) is not what it was when the run began: put it back, or start a new run."
+        settings = tmp_path / "out" / "run" / "run.json"
+        noted = json.loads(settings.read_text())
+        del noted["inputs"]["text of fingerprint"]  # as begun by an earlier version
+        settings.write_text(json.dumps(noted))
+        assert here(*arguments, "--resume").code == 0
+
+    def test_two_runs_in_one_folder(self, path: WholePath, stories_text: Path, tmp_path: Path, here: Here) -> None:
+        arguments = ("retrain", path.converted, tmp_path, "--text", stories_text, "--resume")
+        (tmp_path / "run").mkdir()
+        shutil.copy(path.retrained / "run" / "run.json", tmp_path / "run")
+        with held_folder(tmp_path / "run"):
+            assert "is being written by another process" in here.refusal(*arguments)
+        assert here(*arguments).code == 0
+
+    def test_shards_of_the_text_are_not_measured_on(
+        self, path: WholePath, stories_text: Path, tmp_path: Path, here: Here
+    ) -> None:
+        assert here("data", stories_text, "--tokenizer", path.converted, "--out", tmp_path / "shards").code == 0
+        held_out = ("--held-out", f"own={tmp_path / 'shards'}")
+        message = here.refusal("retrain", path.converted, tmp_path / "out", "--text", stories_text, *RECIPE, *held_out)
+        assert message.startswith(f"The held-out shards 'own' were made of {stories_text.resolve()}")
+        assert not (tmp_path / "out").exists()
+
     def test_held_out_text_is_measured_on_the_way(
         self, path: WholePath, stories_text: Path, tmp_path: Path, here: Here, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -441,7 +476,8 @@ class TestTexts:
     @pytest.mark.parametrize(
         ("name", "content", "message"),
         [
-            ("empty.txt", b"", "is empty"),
+            ("empty.txt", b"", "No text was found in"),
+            ("empty.jsonl", b"", "is empty"),
             ("latin.txt", "Café ".encode("latin-1") * 100, "not UTF-8"),
             ("broken.jsonl", b'{"text": "a"}\n{"text"', "not JSON"),
             ("fields.jsonl", b'{"content": "a"}', "text"),
@@ -485,6 +521,8 @@ class TestOptions:
         [
             (("--precision", "float8"), "--precision must be float32, bfloat16 or auto, not 'float8'."),
             (("--steps", "5", "--batch", "0"), "at least 1 step, 1 sequence and 2 tokens, not 5, 0 and 256"),
+            (("--minutes", "nan"), "--minutes is nan; a finite number above 0 was expected: give one, or --steps."),
+            (("--minutes", "inf"), "--minutes is inf; a finite number above 0 was expected: give one, or --steps."),
             (("--steps", "5", "--align-share", "2"), "align_share must lie in [0, 1], not 2.0"),
         ],
     )
@@ -493,6 +531,11 @@ class TestOptions:
     ) -> None:
         assert message in here.refusal("retrain", path.converted, tmp_path / "out", "--text", stories_text, *option)
         assert not (tmp_path / "out").exists()
+
+    def test_no_step(self, path: WholePath, stories_text: Path, tmp_path: Path, here: Here) -> None:
+        result = here("retrain", path.converted, tmp_path / "out", "--text", stories_text, "--steps", "0")
+        assert result.code == 2
+        assert "--steps" in result.err
 
     @pytest.mark.parametrize("command", ["convert", "retrain", "evaluate", "generate", "chat", "serve", "state", "env"])
     def test_help_shows_an_example(self, here: Here, command: str) -> None:

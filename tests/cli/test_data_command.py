@@ -58,6 +58,8 @@ def test_help_and_refusals(here: Here, stories_text: Path, stories_dir: Path, tm
     )
     code = ("data", stories_text, "--tokenizer", stories_dir, "--out", tmp_path / "out", "--fill-in", "0.5")
     assert "this tokenizer has none" in here.refusal(*code)
+    for size in ("nan", "inf", "0", "-1"):
+        assert "--shard-mb is" in here.refusal(*code[:-2], "--shard-mb", size)
     for command in ("inspect", "verify"):
         assert "holds no token shards" in here.refusal("data", command, tmp_path)
     assert not (tmp_path / "out").exists()
@@ -99,6 +101,13 @@ def test_retraining_on_a_mixture(
     skipped = here(*again, "--on-damage", "skip")
     assert skipped.code == 0, skipped.err
     assert "skipped: shard-00000: " in skipped.err
+
+    noted = (tmp_path / "mixture.toml").read_text()
+    (tmp_path / "skipping.toml").write_text(f'on_damage = "skip"\n{noted}')
+    skipping = ("retrain", converted, tmp_path / "third", "--data", tmp_path / "skipping.toml", *options)
+    assert "shard-00000: " in here.refusal(*skipping, "--on-damage", "fail")
+    assert "must be fail or skip, not 'ignore'" in here.refusal(*skipping, "--on-damage", "ignore")
+    assert here(*skipping).code == 0
 
     (tmp_path / "out" / "config.json").unlink()  # as if it had not been finished
     resumed = here(

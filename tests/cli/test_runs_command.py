@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -41,6 +42,17 @@ def test_for_people_and_machines(here: Here, folder: Path, tmp_path: Path, monke
     monkeypatch.chdir(tmp_path)
     assert "No runs here yet" in here("runs", "--html", file).err
     assert 'id="data">{"runs": []' in file.read_text()
+
+
+def test_the_page_beside_json_and_an_unreadable_run(here: Here, folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    shutil.copytree(folder, tmp_path / "own")
+    (tmp_path / "own" / HOSTILE / "run" / "run.json").write_text("{")
+    result = here("runs", tmp_path / "own", "--json", "--html", tmp_path / "runs.html")
+    assert [run["name"] for run in result.json["runs"]] == ["aligned"]
+    assert (
+        '<script type="application/json" id="data">{"runs": [{"name": "aligned"' in (tmp_path / "runs.html").read_text()
+    )
+    assert result.err.count("unreadable: ") == 1
 
 
 def test_help_and_refusals(here: Here, folder: Path, tmp_path: Path) -> None:  # noqa: F811

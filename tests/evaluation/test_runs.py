@@ -93,14 +93,29 @@ class TestReading:
             file.unlink()
         begun = read_run(path)
         assert (begun["step"], begun["probes"], begun["summary"], begun["device_hours"]) == (0, [], None, None)
-        (path / "run.json").write_text("{")
-        with pytest.raises(CheckpointError, match=r"run\.json cannot be read"):
-            read_runs([own])
         shutil.rmtree(own)
         own.mkdir()
-        assert read_runs([own]) == {"runs": [], "differences": []}
+        assert read_runs([own]) == {"runs": [], "differences": [], "unreadable": []}
         with pytest.raises(DataError, match="is no folder"):
             read_runs([own / "nowhere"])
+
+    @pytest.mark.parametrize("content", ["{", "[]", '{"recipe": {"steps": 3}, "inputs": null}'])
+    def test_an_unreadable_run_hides_no_other(self, own: Path, content: str) -> None:
+        (own / HOSTILE / "run" / "run.json").write_text(content)
+        value = read_runs([own])
+        assert [run["name"] for run in value["runs"]] == ["aligned"]
+        (sentence,) = value["unreadable"]
+        assert str(own / HOSTILE / "run" / "run.json") in sentence
+        for given in (own / HOSTILE, own / HOSTILE / "run"):
+            with pytest.raises(CheckpointError, match=r"run\.json"):
+                read_runs([own, given])
+
+    def test_fine_tunings_are_passed_over(self, own: Path) -> None:
+        (own / HOSTILE / "run" / "run.json").write_text('{"tuning": {}, "inputs": {}}')
+        value = read_runs([own])
+        assert ([run["name"] for run in value["runs"]], value["unreadable"]) == (["aligned"], [])
+        with pytest.raises(DataError, match="is a run of `power-retention sft`"):
+            read_runs([own / HOSTILE])
 
     def test_names_are_as_long_as_they_must_be(self, own: Path) -> None:
         shutil.copytree(own / "aligned", own / "again" / "aligned")
@@ -227,10 +242,10 @@ class TestServer:
         assert self.ask(server, "/../../etc/passwd")[0] == 404
         assert self.ask(server, "/data.json", Host="evil.example:80")[0] == 403
         assert self.ask(server, "/data.json", Host=f"localhost:{server.server_address[1]}")[0] == 200
-        (own / "aligned" / "run" / "run.json").write_text("{")
+        shutil.rmtree(own)
         status, body, _ = self.ask(server, "/data.json")
         assert status == 503
-        assert "run.json cannot be read" in body
+        assert "is no folder" in body
 
     def test_a_port_that_is_taken(self, server: RunsServer) -> None:
         port = server.server_address[1]

@@ -229,6 +229,10 @@ class TestFile:
         assert len(mixture.sources["y"].damage) == 1
         assert len(mixture.sources["y"]) < len(mixture.sources["x"])
         mixture.batch(0, batch=1, length=64, seed=0)
+        with pytest.raises(DataError, match=r"shard-00001: .*damaged"):
+            read_mixture(folder / "mixture.toml", on_damage="fail")
+        read_mixture(self.write(folder, content), on_damage="skip")
+        read_mixture(self.write(folder, f'on_damage = "fail"\n{content}'), on_damage="skip")
 
     @pytest.mark.parametrize(
         ("content", "message"),
@@ -242,6 +246,9 @@ class TestFile:
             ('[sources]\na = "a"\n[[phase]]\ntokens = 1.5\nweights = {a = 1}', "has tokens 1.5; a whole number"),
             ('[sources]\na = "a"\n[[phase]]\nweights = {b = 1}', "weight for 'b'; the sources are 'a'"),
             ('[sources]\na = "a"\n[[phase]]\nweights = {a = 0}', "one above it"),
+            ('[sources]\na = "a"\n[[phase]]\nweights = {a = nan}', "at least 0"),
+            ('[sources]\na = "a"\n[[phase]]\nweights = {a = inf}', "their sum finite"),
+            ('[sources]\na = "a"\nb = "b"\n[[phase]]\nweights = {a = 1e308, b = 1e308}', "their sum finite"),
             ('[sources]\na = "a"\n[[phase]]\nweights = {a = 1}\n[[phase]]\nweights = {a = 1}', "only the last phase"),
             ('[sources]\na = "c"\n[[phase]]\nweights = {a = 1}', "holds no token shards"),
             ('on_damage = 1\n[sources]\na = "a"\n[[phase]]\nweights = {a = 1}', "must be 'fail' or 'skip'"),

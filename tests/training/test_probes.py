@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -27,6 +28,7 @@ from power_retention.training.domains import (
     TrainedOnText,
     parse_held_out,
     read_domains,
+    refuse_shards_of,
 )
 from power_retention.training.folder import RunFolder, read_records
 from power_retention.training.mixture import Mixture, Phase, read_held_out
@@ -111,13 +113,44 @@ class TestDomains:
         assert sum(batch.ids.numel() for batch in domain.batches) == tokens // LENGTH * LENGTH
         with pytest.raises(DataError, match="are the very ones the mixture learns from as 'tales'"):
             read_domains({"x": folder}, source.tokenizer, trained_on)
-        (shards,) = read_domains({"x": everything}, source.tokenizer, trained_on, windows=3, length=LENGTH)
+        with pytest.raises(DataError, match=f"were made of {stories_text.resolve()}, which the run learns from"):
+            read_domains({"x": everything}, source.tokenizer, trained_on)
+        copied, other = shutil.copy(stories_text, tmp_path / "copied.jsonl"), tmp_path / "other.txt"
+        make_shards([str(copied)], str(stories_dir), tmp_path / "copy", held_out=0.1)
+        with pytest.raises(DataError, match="are the very ones the mixture learns from as 'tales'"):
+            read_domains({"x": tmp_path / "copy"}, source.tokenizer, trained_on)
+        other.write_text("Something else. " * 300)
+        make_shards([str(other)], str(stories_dir), tmp_path / "other", held_out=0.0)
+        (shards,) = read_domains({"x": tmp_path / "other"}, source.tokenizer, trained_on, windows=3, length=LENGTH)
         assert shards.kept_out
-        (named,) = read_domains({"tales": everything}, source.tokenizer, trained_on, windows=3, length=LENGTH)
+        (named,) = read_domains({"tales": tmp_path / "other"}, source.tokenizer, trained_on, windows=3, length=LENGTH)
         assert not named.kept_out
         whole = Mixture({"all": open_shards(everything)}, [Phase({"all": 1.0})])
         with pytest.raises(DataError, match="no document that the run does not learn from"):
             read_domains({"x": stories_text}, source.tokenizer, TrainedOnShards(whole))
+
+    def test_a_single_shard_that_is_learnt_from(
+        self, source: Source, stories_dir: Path, stories_text: Path, tmp_path: Path
+    ) -> None:
+        copied = shutil.copy(stories_text, tmp_path / "copied.jsonl")
+        more = tmp_path / "more.txt"
+        more.write_text("A last one.")
+        size = stories_text.stat().st_size
+        for name, files in (("one", [stories_text]), ("two", [copied, more])):
+            make_shards(list(map(str, files)), str(stories_dir), tmp_path / name, held_out=0.0, shard_bytes=size)
+        trained_on = TrainedOnShards(Mixture({"one": open_shards(tmp_path / "one")}, [Phase({"one": 1.0})]))
+        with pytest.raises(DataError, match=r"shard-00000\.bin is the same as one that the mixture learns from"):
+            read_domains({"x": tmp_path / "two"}, source.tokenizer, trained_on)
+
+    def test_shards_of_the_run_s_own_text(self, stories_dir: Path, stories_text: Path, tmp_path: Path) -> None:
+        make_shards([str(stories_text)], str(stories_dir), tmp_path / "s")
+        held_out = {"text": stories_text, "x": tmp_path / "s"}
+        for text in (stories_text, stories_text.parent):
+            with pytest.raises(DataError, match=r"The held-out shards 'x' were made of .* which the run learns from"):
+                refuse_shards_of(held_out, [text])
+        other = tmp_path / "other.txt"
+        other.write_text("Something else.")
+        refuse_shards_of(held_out, [other])
 
     def test_windows_of_shards_are_spread(
         self, source: Source, stories_dir: Path, stories_text: Path, tmp_path: Path

@@ -18,6 +18,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from power_retention.conversion.source import fingerprint_tokenizer, open_tokenizer
 from power_retention.errors import ArgumentError, DataError, OutputError, SourceError
+from power_retention.files import held_folder
 from power_retention.training.sharding import ShardingProgress, make_shards
 from power_retention.training.shards import healthy_shards, open_shards, read_plan, read_shard
 from power_retention.training.sources import find_pieces, read_piece
@@ -101,6 +102,8 @@ class TestSources:
         assert texts_of(tmp_path / "set") == stories
         assert texts_of(tmp_path / "set", split="test") == [stories[3], stories[1]]
         assert texts_of(tmp_path / "set" / "train") == stories
+        assert texts_of(f"{tmp_path}/s*") == stories
+        assert texts_of(f"{tmp_path}/set/train/*.arrow") == stories
         with pytest.raises(DataError, match=r"no split 'dev'; it has test, train"):
             texts_of(tmp_path / "set", split="dev")
 
@@ -128,6 +131,10 @@ class TestSources:
             path.write_text(name)
         assert texts_of(tmp_path) == ["a.md", "b.txt", "deep/c.txt"]
         assert texts_of(f"{tmp_path}/**/*.txt") == ["b.txt", "deep/c.txt"]
+        assert texts_of(f"{tmp_path}/*") == ["a.md", "b.txt", "deep/c.txt"]
+        (tmp_path / "deep" / "d.bin").rename(tmp_path / "d.bin")
+        assert texts_of(f"{tmp_path}/deep/**") == ["deep/c.txt"]  # matched twice
+        (tmp_path / "d.bin").rename(tmp_path / "deep" / "d.bin")
         for source, message in (
             (f"{tmp_path}/*.nothing", "holds no file that ends in"),
             (f"{tmp_path}/deep/d.bin", "is not a text file"),
@@ -245,6 +252,48 @@ class TestMaking:
         assert len(shards) > 3
         assert len(damage) == 1
         assert "shard-00000.json is missing" in damage[0]
+
+    def test_a_bad_piece_put_right_is_made(self, stories_text: Path, stories_dir: Path, tmp_path: Path) -> None:
+        """It has another length then, and may fall into other parts."""
+        bad, out = tmp_path / "bad.jsonl", tmp_path / "out"
+
+        def make() -> ShardingProgress:
+            sources = [str(bad), str(stories_text)]
+            return make_shards(sources, str(stories_dir), out, held_out=0, shard_bytes=SHARD_BYTES)
+
+        bad.write_text('{"text": 1}\n')
+        with pytest.raises(DataError, match="put it right and run the same command again"):
+            make()
+        before = contents(out)
+        bad.write_text('{"text": "Once upon a time there was a cat."}\n' * 2000)
+        made = make()
+        assert made.kept == made.shards - 1
+        assert contents(out).items() > before.items()
+        assert sum(shard.documents for shard in open_shards(out).shards) == 2300
+        assert make().kept == made.shards
+        bad.write_text('{"text": "Another."}\n')
+        with pytest.raises(OutputError, match=r"begun with other files .*changed though a finished shard"):
+            make()
+
+    def test_white_space_is_no_damage(self, stories_dir: Path, tmp_path: Path) -> None:
+        text = tmp_path / "text"
+        text.mkdir()
+        for name, content in (("a.txt", " \n\n"), ("b.md", "\t"), ("c.txt", "Once upon a time.")):
+            (text / name).write_text(content)
+        make_shards([str(text)], str(stories_dir), tmp_path / "out", held_out=0)
+        assert sum(shard.documents for shard in open_shards(tmp_path / "out").shards) == 1
+
+    @pytest.mark.parametrize(("name", "content"), [("a.txt", " \n"), ("a.jsonl", ""), ("a.jsonl", '{"text": ""}')])
+    def test_no_token_at_all(self, stories_dir: Path, tmp_path: Path, name: str, content: str) -> None:
+        (tmp_path / name).write_text(content)
+        with pytest.raises(DataError, match=r"holds no document|no token: every document is empty or held out"):
+            make_shards([str(tmp_path / name)], str(stories_dir), tmp_path / "out")
+
+    def test_one_process_at_a_time(self, stories_text: Path, stories_dir: Path, tmp_path: Path) -> None:
+        out = tmp_path / "out"
+        with held_folder(out), pytest.raises(OutputError, match="is being written by another process"):
+            make_shards([str(stories_text)], str(stories_dir), out)
+        make_shards([str(stories_text)], str(stories_dir), out)
 
     def test_other_settings_do_not_mix(
         self, copy: Path, stories_text: Path, stories_dir: Path, smollm2_gguf: Path, tmp_path: Path

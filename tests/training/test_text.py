@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from power_retention.errors import ArgumentError, DataError
-from power_retention.training.text import Tokens, read_documents, sample_batch, split_held_out, tokenize
+from power_retention.training.text import (
+    Tokens,
+    fingerprint_documents,
+    read_documents,
+    sample_batch,
+    split_held_out,
+    tokenize,
+)
 from real_models import STORIES_FILES, read_llama2c_tokenizer
 
 POEM = "Der Mond ist aufgegangen,\ndie gold’nen Sternlein prangen\n"
@@ -103,9 +110,14 @@ class TestRefusals:
         assert "is not a text file: it must end in .txt, .md," in refusal(write(tmp_path / "a.pdf", "%PDF"))
 
     @pytest.mark.parametrize("content", ["", " \n\n"])
-    @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json"])
+    @pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
     def test_empty(self, tmp_path: Path, name: str, content: str) -> None:
         assert refusal(write(tmp_path / name, content)) == f"{tmp_path / name} is empty."
+
+    def test_a_blank_text_is_left_out(self, tmp_path: Path) -> None:
+        blank = write(tmp_path / "a.txt", " \n\n")
+        assert refusal(blank) == f"No text was found in {blank}."
+        assert read_documents([blank, write(tmp_path / "b.txt", POEM)]) == [POEM]
 
     @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
     def test_not_utf8_names_the_byte(self, tmp_path: Path, name: str) -> None:
@@ -178,6 +190,12 @@ class TestHeldOut:
     def test_senseless_share(self, fraction: float) -> None:
         with pytest.raises(ArgumentError, match="must be at least 0 and below 1"):
             split_held_out(["a"], fraction=fraction)
+
+
+def test_the_fingerprint_of_documents() -> None:
+    others = (["ab", "c"], ["a", "bc"], ["c", "ab"], ["ab", "c", ""], ["ab"])
+    assert len({fingerprint_documents(documents) for documents in others}) == len(others)
+    assert fingerprint_documents(["ab", "c"]) == fingerprint_documents(("ab", "c"))
 
 
 class TestTokenize:

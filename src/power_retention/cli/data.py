@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from pathlib import Path
@@ -88,9 +89,12 @@ def build(
         power-retention data corpus.jsonl books/ --tokenizer my-model --out shards/prose
     """
     quiet_libraries()
+    from power_retention.errors import ArgumentError
     from power_retention.training.fill_in import FillIn
     from power_retention.training.sharding import make_shards
 
+    if not (shard_mb > 0 and math.isfinite(shard_mb)):
+        raise ArgumentError(f"--shard-mb is {shard_mb}; a finite number of megabytes above 0 was expected.")
     started = time.monotonic()
 
     def note(progress: ShardingProgress) -> str:

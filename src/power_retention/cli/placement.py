@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,6 +69,15 @@ def placed(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> 
         model.to("cpu")
         for value, data in zip(model.parameters(), before, strict=True):
             value.data = data
+
+
+def hold_run_folder(held: ExitStack, out: Path, folder: RunFolder, resume: bool) -> None:
+    """Keep other runs out of a folder for as long as the stack is open, and look again whether one was here first."""
+    from power_retention.files import held_folder
+
+    held.enter_context(held_folder(folder.path))
+    if folder.exists:
+        check_run_folder(out, folder, resume)
 
 
 def check_run_folder(out: Path, folder: RunFolder, resume: bool) -> None:

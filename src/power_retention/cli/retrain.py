@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,7 +24,7 @@ from power_retention.cli.options import (
     open_student,
     quiet_libraries,
 )
-from power_retention.cli.placement import check_precision, check_run_folder, choose_device
+from power_retention.cli.placement import check_precision, check_run_folder, choose_device, hold_run_folder
 from power_retention.cli.watching import NOTES, Watching, last_record, open_board, show_held_out
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from power_retention.training.run import Progress
     from power_retention.training.text import Tokens
 
+_TEXT_FINGERPRINT = "text of fingerprint"
 _PROBE_TOKENS = 20_000
 _BYTES_A_PARAMETER = 20
 """Of a run in one process: the student, its gradient and AdamW's two moments in float32, and the teacher."""
@@ -54,11 +57,15 @@ def retrain(
     text_field: TextField = "text",
     data: Data = None,
     on_damage: Annotated[
-        str, typer.Option(help="A damaged shard of --data: fail, or skip it and go on with the others.")
-    ] = "fail",
+        str | None,
+        typer.Option(
+            help="A damaged shard of --data: fail, or skip it and go on with the others; by default as the file of --data "
+            "says, or fail."
+        ),
+    ] = None,
     teacher: Teacher = None,
     minutes: Annotated[float, typer.Option(help="How long to train; the number of steps follows from it.")] = 10.0,
-    steps: Annotated[int | None, typer.Option(help="Optimiser steps, instead of --minutes.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps, instead of --minutes.")] = None,
     batch: Annotated[int | None, typer.Option(help="Sequences a step; by default 4, or 8 on a GPU.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens a sequence; by default 256, or 1024 on a GPU.")] = None,
     align_share: Annotated[
@@ -141,7 +148,8 @@ def retrain(
         torchrun --nproc-per-node 8 -m power_retention.cli retrain my-model my-model-retrained --data mixture.toml --batch 64
     """
     quiet_libraries()
-    from power_retention.errors import DataError
+    from power_retention.errors import ArgumentError, DataError
+    from power_retention.training.domains import refuse_shards_of
     from power_retention.training.folder import RunFolder
     from power_retention.training.parallel import joined_ranks, whole_tensors
     from power_retention.training.recipe import Recipe
@@ -150,21 +158,28 @@ def retrain(
 
     if bool(text) == bool(data):
         raise DataError("retrain needs text to train on: either --text FILE_OR_FOLDER or --data SHARDS_OR_MIXTURE.")
+    if steps is None and not 0 < minutes < float("inf"):
+        raise ArgumentError(f"--minutes is {minutes}; a finite number above 0 was expected: give one, or --steps.")
     folder, place = RunFolder(out / "run"), choose_device(device)
     watching = Watching.of(held_out or [], data, probe_every, probe_windows, probe_length)
     compiled = place.type == "cuda" if compiled is None else compiled
-    with joined_ranks(place, dp_replicate=replicas or usual_replicas(model, place)) as ranks:
+    with ExitStack() as held, joined_ranks(place, dp_replicate=replicas or usual_replicas(model, place)) as ranks:
         ranks.first_does(lambda: check_run_folder(out, folder, resume))
         resuming = ranks.same(resume and folder.exists)
+        hold = partial(hold_run_folder, held, out, folder, resuming)
+        if resuming:
+            ranks.first_does(hold)
         with status.status("Opening model and teacher"):
             student, source = _open_models(model, teacher, ranks)
         mixture = _open_mixture(data, on_damage, source) if data else None
-        given = _inputs(model, source, text or [], text_field, mixture)
+        documents = _training_documents(text or [], text_field)
+        given = _inputs(model, source, text or [], text_field, mixture, documents)
         if resuming:
             recipe, inputs = folder.read_settings()
             _check_same_inputs(inputs, given)
             watching = Watching.noted(inputs) or watching
         else:
+            refuse_shards_of(watching.held_out, text or [])
             rates: dict[str, Any] = {
                 "align_lr": align_lr,
                 "mixer_lr": mixer_lr,
@@ -181,8 +196,8 @@ def retrain(
                 usual if own is None else own for own, usual in zip((batch, length), usual_shape, strict=True)
             )
             shape = {"batch": batch, "length": length}
-            recipe = Recipe.usual(steps or 1, **shape, seed=seed, precision=precision, **rates)
-        documents = _training_documents(text or [], text_field, recipe.seed)
+            recipe = Recipe.usual(1 if steps is None else steps, **shape, seed=seed, precision=precision, **rates)
+        random.Random(recipe.seed).shuffle(documents)
         if mixture:
             mixture.batch(0, batch=1, length=recipe.length, seed=0)  # refuses sources shorter than a sequence
         timed = steps is None and not resuming
@@ -202,6 +217,8 @@ def retrain(
             with status.status("Tokenizing"):
                 retraining.recipe, retraining.tokens = recipe, mixture or _tokenize(documents, source, recipe)
         probes = watching.probes(retraining, source, mixture, documents, text_field)
+        if not resuming:
+            ranks.first_does(hold)  # only now: what is refused before leaves no folder behind
         ranks.first_does(lambda: _begin(folder, recipe, given | watching.notes(probes)))
         with open_board(folder, ranks) as listen, progress_bar(f"Retraining, {recipe.precision}") as update:
             execute(
@@ -293,12 +310,12 @@ def _write(
     write_result(student, source.tokenizer, model, out)
 
 
-def _open_mixture(data: Path, on_damage: str, source: Source) -> Mixture:
+def _open_mixture(data: Path, on_damage: str | None, source: Source) -> Mixture:
     from power_retention.conversion.source import fingerprint_tokenizer
     from power_retention.errors import ArgumentError, DataError
     from power_retention.training.mixture import read_mixture
 
-    if on_damage not in ("fail", "skip"):
+    if on_damage not in ("fail", "skip", None):
         raise ArgumentError(f"--on-damage must be fail or skip, not {on_damage!r}.")
     with progress_bar("Checking shards") as update:
         mixture = read_mixture(data, on_damage=on_damage, progress=update)  # type: ignore[arg-type]
@@ -312,34 +329,41 @@ def _open_mixture(data: Path, on_damage: str, source: Source) -> Mixture:
     return mixture
 
 
-def _inputs(model: Path, source: Source, text: list[Path], field: str, mixture: Mixture | None) -> dict[str, Any]:
+def _inputs(
+    model: Path, source: Source, text: list[Path], field: str, mixture: Mixture | None, documents: list[str]
+) -> dict[str, Any]:
+    from power_retention.training.text import fingerprint_documents
+
     data = {"data of fingerprint": mixture.fingerprint} if mixture else {}
     return data | {
         "model": str(model.resolve()),
         "teacher": source.fingerprint,
         "text": [str(path.resolve()) for path in text],
         "text field": field,
+        **({_TEXT_FINGERPRINT: fingerprint_documents(documents)} if documents else {}),
     }
 
 
 def _check_same_inputs(noted: dict[str, Any], given: dict[str, Any]) -> None:
-    from power_retention.errors import CheckpointError
+    from power_retention.errors import CheckpointError, DataError
 
     for name, value in noted.items():
-        if name not in NOTES and given.get(name) != value:
-            raise CheckpointError(
-                f"This run was begun with {name} {value}, not {given.get(name)}: resume it with the same."
+        if name in NOTES or given.get(name) == value:
+            continue
+        if name == _TEXT_FINGERPRINT:
+            raise DataError(
+                f"The text ({', '.join(given['text'])}) is not what it was when the run began: put it back, or start a new "
+                "run."
             )
+        raise CheckpointError(
+            f"This run was begun with {name} {value}, not {given.get(name)}: resume it with the same."
+        )
 
 
-def _training_documents(text: list[Path], field: str, seed: int) -> list[str]:
+def _training_documents(text: list[Path], field: str) -> list[str]:
     from power_retention.training.text import read_documents, split_held_out
 
-    if not text:
-        return []
-    documents = split_held_out(read_documents(text, text_field=field))[0]
-    random.Random(seed).shuffle(documents)
-    return documents
+    return split_held_out(read_documents(text, text_field=field))[0] if text else []
 
 
 def _tokenize(documents: list[str], source: Source, recipe: Recipe, wanted: int | None = None) -> Tokens:

@@ -48,14 +48,18 @@ def runs(
     places = folders or [Path()]
     with status.status("Reading runs"):
         value = read_runs(places, price=price)
+    for sentence in value["unreadable"]:
+        status.print(f"[bold]unreadable:[/] {escape(sentence)}", soft_wrap=True, highlight=False)
     if json:
         print_json(value)
-        return
-    _show(value)
+    else:
+        _show(value)
     if html is not None:
         with clear_write_errors(html), replacement(html) as partial:
             partial.write_text(render_page(value), encoding="utf-8")
-        results.print(f"Page in [bold]{escape(str(html))}[/]", highlight=False)
+        if not json:
+            results.print(f"Page in [bold]{escape(str(html))}[/]", highlight=False)
+    if json or html is not None:
         return
     with RunsServer(lambda: read_runs(places, price=price), port) as server:
         results.print(f"Page at [bold]{server.url}[/], up to date while this runs; Ctrl-C ends it", highlight=False)

@@ -98,6 +98,7 @@ def sft(
     """
     quiet_libraries()
     from power_retention.conversion.source import open_tokenizer
+    from power_retention.files import held_folder
     from power_retention.training.examples import dump_examples, fingerprint_examples, read_examples
     from power_retention.training.run import execute, remove_checkpoints
     from power_retention.training.tuning import Tuning, TuningFolder, with_adapters
@@ -131,19 +132,22 @@ def sft(
     compiled = place.type == "cuda" if compiled is None else compiled
     tuning = Tuning(tuned, examples, recipe, place, compiled=compiled)
     _report_too_long(examples, recipe)
-    if not folder.exists:
-        folder.begin_tuning(recipe, given)
-    with progress_bar(f"Tuning, {recipe.precision}") as update:
-        execute(
-            tuning,
-            folder,
-            watch=lambda progress: update(progress.step, progress.steps, _note(progress)),
-            tell=lambda sentence: status.print(f"[bold]note:[/] {escape(sentence)}", soft_wrap=True, highlight=False),
-            checkpoint_seconds=60 * checkpoint_minutes,
-        )
-    with status.status(f"Writing {escape(str(out))}"):
-        _save(tuned, tokenizer, template, out)
-        remove_checkpoints(folder)
+    with held_folder(folder.path):
+        if not folder.exists:
+            folder.begin_tuning(recipe, given)
+        with progress_bar(f"Tuning, {recipe.precision}") as update:
+            execute(
+                tuning,
+                folder,
+                watch=lambda progress: update(progress.step, progress.steps, _note(progress)),
+                tell=lambda sentence: status.print(
+                    f"[bold]note:[/] {escape(sentence)}", soft_wrap=True, highlight=False
+                ),
+                checkpoint_seconds=60 * checkpoint_minutes,
+            )
+        with status.status(f"Writing {escape(str(out))}"):
+            _save(tuned, tokenizer, template, out)
+            remove_checkpoints(folder)
     summary = {"out": str(out), "examples": len(examples), "recipe": recipe.to_dict(), **_last_record(folder)}
     if json:
         print_json(summary)

@@ -14,12 +14,13 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from power_retention.conversion.source import fingerprint_tokenizer
 from power_retention.errors import ArgumentError, DataError
 from power_retention.training.mixture import Mixture, PackedBatch, Stretch, pack
-from power_retention.training.shards import PLAN, open_shards, read_plan
+from power_retention.training.shards import PLAN, ShardedTokens, open_shards, read_plan
 from power_retention.training.sources import find_pieces, read_piece
-from power_retention.training.text import Tokens, hash_unit, tokenize
+from power_retention.training.text import Tokens, hash_unit, text_files, tokenize
 
 _BATCH_TOKENS = 8192
 """Tokens that a model reads at a time, or one window."""
+_INSTEAD = "give the text they were made of instead, whose left-out documents are then taken, or other shards."
 _READ = 1 << 16
 """Most documents kept of a domain while its lowest hashes are looked for."""
 
@@ -52,8 +53,8 @@ class TrainedOn(Protocol):
         """Whether text of a domain of this name is learnt from, whatever documents are given for it."""
         ...
 
-    def refuse_shards(self, name: str, fingerprint: str) -> None:
-        """Refuse shards that are learnt from."""
+    def refuse_shards(self, name: str, shards: ShardedTokens, folder: Path) -> None:
+        """Refuse shards of a folder that hold what is learnt from."""
         ...
 
     def has(self, document: str, file: Path) -> bool:
@@ -74,8 +75,8 @@ class TrainedOnText:
     def knows(self, name: str) -> bool:
         return False
 
-    def refuse_shards(self, name: str, fingerprint: str) -> None:
-        """Whether shards hold the same documents cannot be told from their ids."""
+    def refuse_shards(self, name: str, shards: ShardedTokens, folder: Path) -> None:
+        """Documents cannot be told from ids: :func:`refuse_shards_of` goes by the files that shards were made of."""
 
     def has(self, document: str, file: Path) -> bool:
         return hash_unit(document, 0) in self._hashes
@@ -92,6 +93,7 @@ class TrainedOnShards:
         used = {name for phase in mixture.phases for name, weight in phase.weights.items() if weight > 0}
         sources = {name: source for name, source in mixture.sources.items() if name in used}
         self._names = {source.fingerprint: name for name, source in sources.items()}
+        self._checksums = {shard.checksum for source in sources.values() for shard in source.shards}
         self._shares: dict[Path, float] = {}
         for folder in {shard.path.parent for source in sources.values() for shard in source.shards}:
             content = read_plan(folder).content
@@ -101,15 +103,43 @@ class TrainedOnShards:
     def knows(self, name: str) -> bool:
         return name in self._names.values()
 
-    def refuse_shards(self, name: str, fingerprint: str) -> None:
-        if fingerprint in self._names:
+    def refuse_shards(self, name: str, shards: ShardedTokens, folder: Path) -> None:
+        if shards.fingerprint in self._names:
             raise DataError(
-                f"The held-out shards {name!r} are the very ones the mixture learns from as {self._names[fingerprint]!r}: give "
-                "the text they were made of instead, whose left-out documents are then taken, or other shards."
+                f"The held-out shards {name!r} are the very ones the mixture learns from as "
+                f"{self._names[shards.fingerprint]!r}: {_INSTEAD}"
             )
+        if same := [shard.path.name for shard in shards.shards if shard.checksum in self._checksums]:
+            raise DataError(
+                f"Of the held-out shards {name!r}, {same[0]} is the same as one that the mixture learns from: {_INSTEAD}"
+            )
+        _refuse_made_of(name, folder, self._shares.keys())
 
     def has(self, document: str, file: Path) -> bool:
         return file in self._shares and hash_unit(document, 0) >= self._shares[file]
+
+
+def refuse_shards_of(paths: Mapping[str, Path], text: Sequence[Path]) -> None:
+    """Refuse held-out shards made of files that a run is to learn from.
+
+    Shards hold what ``power-retention data`` did not leave out, which is what a run on the same text learns from.
+
+    Args:
+        paths: held-out text or shards by name.
+        text: files and folders of the run's text.
+
+    Raises:
+        DataError: some are, or a path of the text does not exist.
+    """
+    files = {file.resolve() for path in text for file in text_files(path)}
+    for name, path in paths.items():
+        if (path / PLAN).is_file():
+            _refuse_made_of(name, path, files)
+
+
+def _refuse_made_of(name: str, folder: Path, files: Collection[Path]) -> None:
+    if same := [file for file in read_plan(folder).content["files"] if Path(file) in files]:
+        raise DataError(f"The held-out shards {name!r} were made of {same[0]}, which the run learns from: {_INSTEAD}")
 
 
 def read_domains(
@@ -179,7 +209,7 @@ def _from_shards(
             f"The held-out shards {name!r} were made with a tokenizer of fingerprint {tokens.tokenizer}, the models' is {own}: "
             "make them with the models' tokenizer."
         )
-    trained_on.refuse_shards(name, tokens.fingerprint)
+    trained_on.refuse_shards(name, tokens, folder)
     count = _windows_in(name, len(tokens), windows, length)
     starts = [i * (len(tokens) - length) // max(count - 1, 1) for i in range(count)]
     return [tokens.read(start, min(start + length + 1, len(tokens))) for start in starts]

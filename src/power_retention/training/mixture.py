@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -259,7 +260,7 @@ def shuffled(place: int, count: int, key: str) -> int:
 def read_mixture(
     path: Path,
     *,
-    on_damage: OnDamage = "fail",
+    on_damage: OnDamage | None = None,
     checksums: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> Mixture:
@@ -287,7 +288,7 @@ def read_mixture(
 
     Args:
         path: the file or folder.
-        on_damage: see :func:`~power_retention.training.shards.open_shards`; what the file says goes first.
+        on_damage: see :func:`~power_retention.training.shards.open_shards`; None for what the file says, or ``fail``.
         checksums: the same.
         progress: the same, for each source.
 
@@ -295,16 +296,16 @@ def read_mixture(
         DataError: the file is missing, is not such a file, or a source cannot be used.
     """
     if path.is_dir():
-        source = open_shards(path, on_damage=on_damage, checksums=checksums, progress=progress)
+        source = open_shards(path, on_damage=on_damage or "fail", checksums=checksums, progress=progress)
         return Mixture({"data": source}, [Phase({"data": 1.0}, name="data")])
     content = _read_content(path)
-    on_damage = content.get("on_damage", on_damage)
-    if on_damage not in ("fail", "skip"):
-        raise DataError(f"{path} has on_damage {on_damage!r}; it must be 'fail' or 'skip'.")
+    noted = content.get("on_damage", "fail")
+    if noted not in ("fail", "skip"):
+        raise DataError(f"{path} has on_damage {noted!r}; it must be 'fail' or 'skip'.")
     phases = [_phase(path, number, table) for number, table in enumerate(content["phase"], 1)]
     folders = {name: path.parent / Path(folder).expanduser() for name, folder in content["sources"].items()}
     sources = {
-        name: open_shards(folder, on_damage=on_damage, checksums=checksums, progress=progress)
+        name: open_shards(folder, on_damage=on_damage or noted, checksums=checksums, progress=progress)
         for name, folder in folders.items()
     }
     return Mixture(sources, phases)
@@ -365,13 +366,21 @@ def _check_phases(sources: Mapping[str, ShardedTokens], phases: Sequence[Phase])
             raise DataError(
                 f"{where} has a weight for {unknown[0]!r}; the sources are {', '.join(map(repr, sources))}."
             )
-        weights = phase.weights.values()
-        if not all(0 <= weight < float("inf") for weight in weights) or not sum(weights) > 0:
-            raise DataError(f"{where} has weights {dict(phase.weights)}: each must be at least 0, and one above it.")
+        if not _are_shares(list(phase.weights.values())):
+            raise DataError(
+                f"{where} has weights {dict(phase.weights)}: each must be at least 0, one above it, and their sum finite."
+            )
         if phase.tokens is None and number < len(phases):
             raise DataError(f"{where} does not say how many tokens it lasts; only the last phase may leave that open.")
         if phase.tokens is not None and phase.tokens < 1:
             raise DataError(f"{where} lasts {phase.tokens} tokens; it must be at least 1.")
+
+
+def _are_shares(weights: Sequence[float]) -> bool:
+    try:
+        return all(weight >= 0 for weight in weights) and 0 < math.fsum(weights) < math.inf
+    except OverflowError:
+        return False
 
 
 def _shares(weights: Sequence[float], total: int) -> list[int]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from power_retention.conversion.source import fingerprint_tokenizer, open_tokenizer
 from power_retention.errors import ArgumentError, DataError, OutputError
-from power_retention.files import clear_write_errors, new_folder, replacement, write_json
+from power_retention.files import LOCK, clear_write_errors, held_folder, new_folder, replacement, write_json
 from power_retention.training.fill_in import FillIn, marks_of, tokenize_filling_in
 from power_retention.training.shards import (
     FORMAT,
@@ -86,8 +86,9 @@ def make_shards(
 
     Raises:
         ArgumentError: an option out of range.
-        DataError: a source is missing or damaged, or the tokenizer has no tokens to fill in with; finished shards stay.
-        OutputError: ``out`` holds something else, or the disk is full; finished shards stay.
+        DataError: a source is missing or damaged, the tokenizer has no tokens to fill in with, or no document has a token or
+            is not held out; finished shards stay.
+        OutputError: ``out`` holds something else or is being written, or the disk is full; finished shards stay.
     """
     if not 0 <= held_out < 1 or min(shard_bytes, workers) < 1:
         raise ArgumentError(
@@ -98,6 +99,8 @@ def make_shards(
     if fill_in is not None:
         marks_of(loaded)
     pieces = find_pieces(sources, split=split, piece_bytes=min(shard_bytes, 1 << 24))
+    if not pieces:
+        raise DataError(f"{', '.join(sources)} holds no document: give files with text.")
     content: dict[str, Any] = {
         "format": FORMAT,
         "tokenizer": fingerprint_tokenizer(loaded),
@@ -109,7 +112,14 @@ def make_shards(
         "files": {path: _identity(path) for path in sorted({piece.path for piece in pieces})},
         "shards": [[asdict(piece) for piece in group] for group in _grouped(pieces, shard_bytes)],
     }
-    plan = _begin(out, content, loaded)
+    _refuse_other_content(out)
+    with held_folder(out):
+        made = _make_missing(_begin(out, content, loaded), workers, watch)
+    _expect_tokens(out, sources, held_out)
+    return made
+
+
+def _make_missing(plan: ShardPlan, workers: int, watch: Callable[[ShardingProgress], None] | None) -> ShardingProgress:
     tasks = []
     progress = ShardingProgress(0, plan.shards, 0, 0, 0)
     for number in range(plan.shards):
@@ -118,7 +128,7 @@ def make_shards(
             if watch is not None:
                 watch(progress)
         else:
-            tasks.append((str(out), number))
+            tasks.append((str(plan.folder), number))
     for tokens, source_bytes in _made(tasks, workers):
         progress = ShardingProgress(
             progress.done + 1,
@@ -187,7 +197,17 @@ def _made(tasks: list[tuple[str, int]], workers: int) -> Iterator[tuple[int, int
     if failed:
         raise DataError(
             f"{len(failed)} of {len(tasks)} shards could not be made: {'; '.join(failed)} The others are kept; put it right "
-            "and run the same command again."
+            "and run the same command again (a new folder is needed if a finished shard holds a part of a file that you "
+            "change), or go on without them (on_damage 'skip')."
+        )
+
+
+def _expect_tokens(out: Path, sources: Sequence[str], held_out: float) -> None:
+    plan = read_plan(out)
+    if not any(read_shard(plan, number).tokens for number in range(plan.shards)):
+        raise DataError(
+            f"{', '.join(sources)} gave {out} no token: every document is empty or held out (a share of {held_out:g}); give "
+            "more text or hold out less, and choose another folder."
         )
 
 
@@ -230,18 +250,29 @@ def _identity(path: str) -> list[int]:
     return [stat.st_size, stat.st_mtime_ns]
 
 
+def _refuse_other_content(out: Path) -> None:
+    if (out / PLAN).is_file() or not out.exists():
+        return
+    if not out.is_dir() or any(path.name not in (TOKENIZER, LOCK) for path in out.iterdir()):
+        raise OutputError(f"{out} already holds something else; choose another folder.")
+
+
 def _begin(out: Path, content: dict[str, Any], tokenizer: Any) -> ShardPlan:
     if (out / PLAN).is_file():
         begun = read_plan(out)
+        changes = _changed_files(begun, content)
         for name, value in content.items():
-            if name != "tokenizer_source" and begun.content.get(name) != value:
+            if name not in {"tokenizer_source", *changes} and begun.content.get(name) != value:
+                reason = " (one is new, gone, or changed though a finished shard has a part of it)"
                 raise OutputError(
-                    f"{out} was begun with other {name.replace('_', ' ')}: repeat the same command, or choose another folder."
+                    f"{out} was begun with other {name.replace('_', ' ')}{reason if name == 'files' else ''}: repeat the same "
+                    "command, or choose another folder."
                 )
         _remove_leftovers(out)
+        if changes:
+            begun = ShardPlan(out, begun.content | changes)
+            write_json(out / PLAN, begun.content)
         return begun
-    if out.exists() and (not out.is_dir() or any(path.name != TOKENIZER for path in out.iterdir())):
-        raise OutputError(f"{out} already holds something else; choose another folder.")
     if not (out / TOKENIZER).exists():
         with new_folder(out / TOKENIZER) as folder:
             tokenizer.save_pretrained(folder)
@@ -251,6 +282,31 @@ def _begin(out: Path, content: dict[str, Any], tokenizer: Any) -> ShardPlan:
         )
     write_json(out / PLAN, content)
     return ShardPlan(out, content)
+
+
+def _changed_files(begun: ShardPlan, content: dict[str, Any]) -> dict[str, Any]:
+    """What becomes of a plan whose files changed where no finished shard holds a part of them; nothing if others did.
+
+    Shards keep what they hold of the other files, so that finished ones stay right.
+    """
+    before, now = begun.content["files"], content["files"]
+    changed = {path for path in now if before.get(path) != now[path]}
+    if before.keys() != now.keys() or not (changed or begun.content.get("replanned")):
+        return {}
+    shards, pieces = begun.content["shards"], list(chain.from_iterable(content["shards"]))
+    unchanged = [piece for piece in chain.from_iterable(shards) if piece["path"] not in changed]
+    if unchanged != [piece for piece in pieces if piece["path"] not in changed]:
+        return {}
+    affected = [number for number, group in enumerate(shards) if any(piece["path"] in changed for piece in group)]
+    if any(_is_finished(begun, number) for number in affected):
+        return {}
+    new = {path: [piece for piece in pieces if piece["path"] == path] for path in changed}
+    # The first shard that was to hold a part of a changed file gets all of it: its parts are cut elsewhere now.
+    regrouped = [
+        [piece for old in group for piece in (new.pop(old["path"], []) if old["path"] in changed else [old])]
+        for group in shards
+    ]
+    return {"files": now, "shards": regrouped, "replanned": True}
 
 
 def _remove_leftovers(out: Path) -> None:

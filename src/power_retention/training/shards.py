@@ -262,8 +262,9 @@ def open_shards(
     shards, damage = healthy_shards(plan, checksums=checksums, progress=progress)
     if damage and on_damage == "fail":
         raise DataError(
-            f"{len(damage)} of {plan.shards} shards cannot be used: {'; '.join(damage)} Delete them and run the same "
-            "`power-retention data` again, or go on without them (on_damage 'skip')."
+            f"{len(damage)} of {plan.shards} shards cannot be used: {'; '.join(damage)} Run the "
+            "same `power-retention data` again, which makes them anew if their files have not changed, or go on without them "
+            "(on_damage 'skip')."
         )
     tokens = ShardedTokens(shards, plan.tokenizer, damage)
     if not len(tokens):

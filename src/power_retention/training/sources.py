@@ -40,7 +40,7 @@ def find_pieces(sources: Sequence[str], *, split: str = "train", piece_bytes: in
 
     Args:
         sources: files, folders, globs, folders that ``datasets`` saved, or hub ids of datasets (a path that exists wins).
-            Folders are searched for text, JSON and Parquet files.
+            Folders, those that a glob matches too, are searched for text, JSON and Parquet files.
         split: of a dataset that has several.
         piece_bytes: about how long a piece is, where its file can be cut.
 
@@ -70,18 +70,23 @@ def read_piece(piece: Piece, text_field: str) -> Iterator[str]:
 
 def _files_of(source: str, split: str) -> list[Path]:
     path = Path(source).expanduser()
-    if path.is_dir():
-        files = _saved_dataset(path, split) or text_files(path, _ENDINGS)
-    elif path.exists():
-        files = text_files(path, (*_ENDINGS, ARROW))
+    if path.exists():
+        files = _files_at(path, split)
     elif glob.has_magic(source):
         matches = sorted(glob.glob(str(path), recursive=True))
-        files = [file for match in matches if Path(match).is_file() for file in text_files(Path(match), _ENDINGS)]
+        # ** matches a folder and the files in it alike: each is read once.
+        files = list(dict.fromkeys(file for match in matches for file in _files_at(Path(match), split)))
     else:
         files = _hub_dataset(source, split)
     if not files:
         raise DataError(f"{source} holds no file that ends in {', '.join(_ENDINGS)}, and is no saved dataset.")
     return [file.resolve() for file in files]
+
+
+def _files_at(path: Path, split: str) -> list[Path]:
+    if path.is_dir():
+        return _saved_dataset(path, split) or text_files(path, _ENDINGS)
+    return text_files(path, (*_ENDINGS, ARROW))
 
 
 def _saved_dataset(folder: Path, split: str) -> list[Path]:

@@ -38,8 +38,8 @@ def read_documents(paths: Sequence[Path], *, text_field: str = "text") -> list[s
         text_field: where a record keeps its text.
 
     Raises:
-        DataError: a file is missing, empty, of another kind, not UTF-8 or not JSON, a record has no such field, or no
-            document was found at all.
+        DataError: a file is missing, of another kind, not UTF-8 or not JSON, a file of records is empty, a record has no
+            such field, or no document was found at all.
     """
     documents: list[str] = []
     for path in paths:
@@ -72,6 +72,16 @@ def split_held_out(documents: Sequence[str], *, fraction: float = 0.05, seed: in
     train = [document for document, place in zip(documents, places, strict=True) if place >= border]
     held_out = [document for document, place in zip(documents, places, strict=True) if place < border]
     return train, held_out
+
+
+def fingerprint_documents(documents: Sequence[str]) -> str:
+    """Sixteen hex digits; another means other documents, or another order."""
+    digest = hashlib.sha256()
+    for document in documents:
+        content = document.encode("utf-8", "replace")
+        digest.update(len(content).to_bytes(8, "little"))
+        digest.update(content)
+    return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -190,11 +200,10 @@ def _is_hidden(path: Path) -> bool:
 
 def file_documents(path: Path, text_field: str) -> Iterator[str]:
     """The documents of one text or JSON file, as :func:`read_documents` reads them."""
-    text = _read_text(path)
     if path.name.endswith(TEXT_ENDINGS):
-        yield text
+        yield _decoded(_read_bytes(path), path)
         return
-    for where, record in _records(text, path):
+    for where, record in _records(_read_text(path), path):
         yield text_of_record(record, text_field, where)
 
 
@@ -217,6 +226,10 @@ def _read_text(path: Path) -> str:
     content = _read_bytes(path)
     if not content.strip():
         raise DataError(f"{path} is empty.")
+    return _decoded(content, path)
+
+
+def _decoded(content: bytes, path: Path) -> str:
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from power_retention.errors import ArgumentError, DataError
+from power_retention.errors import ArgumentError, CheckpointError, DataError, PowerRetentionError
 from power_retention.evaluation.gpus import GPUS
 from power_retention.training.folder import RunFolder, read_records
 
@@ -50,18 +50,30 @@ def read_runs(folders: Sequence[Path], *, price: float | None = None) -> Value:
         price: dollars an hour of one device; None for the usual price of the GPU that the run names, if it is known.
 
     Returns:
-        ``runs``, one value each (:func:`read_run`) with a ``name`` that tells it from the others, and ``differences``, the
-        names in ``settings`` that the runs do not agree on.
+        ``runs``, one value each (:func:`read_run`) with a ``name`` that tells it from the others, ``differences``, the
+        names in ``settings`` that the runs do not agree on, and ``unreadable``, a sentence about each run below a folder that
+        cannot be read. Fine-tunings below a folder are passed over.
 
     Raises:
         ArgumentError: the price is negative.
-        DataError: a folder does not exist, or a run in it cannot be read.
+        CheckpointError, DataError: a folder does not exist, or one given is itself a run that cannot be read.
     """
     if price is not None and price < 0:
         raise ArgumentError(f"The price is {price} dollars an hour; at least 0 was expected.")
-    paths = find_runs(folders)
-    runs = [{"name": name, **read_run(path, price)} for name, path in zip(_names(paths), paths, strict=True)]
-    return {"runs": runs, "differences": differences([run["settings"] for run in runs])}
+    given = {place for folder in folders for place in (folder.resolve(), folder.resolve() / "run")}
+    found: dict[Path, Value] = {}
+    unreadable: list[str] = []
+    for path in find_runs(folders):
+        if path not in given and _is_fine_tuning(path):
+            continue
+        try:
+            found[path] = read_run(path, price)
+        except PowerRetentionError as error:
+            if path in given:
+                raise
+            unreadable.append(str(error))
+    runs = [{"name": name, **run} for name, run in zip(_names(list(found)), found.values(), strict=True)]
+    return {"runs": runs, "differences": differences([run["settings"] for run in runs]), "unreadable": unreadable}
 
 
 def read_run(path: Path, price: float | None = None) -> Value:
@@ -75,10 +87,16 @@ def read_run(path: Path, price: float | None = None) -> Value:
 
     Raises:
         CheckpointError: ``run.json`` is damaged.
-        DataError: the report of the evaluation is.
+        DataError: the report of the evaluation is, or it is no retraining.
     """
+    if _is_fine_tuning(path):
+        raise DataError(
+            f"{path} is a run of `power-retention sft`; one of `power-retention retrain` was expected: leave it out."
+        )
     folder = RunFolder(path)
     recipe, inputs = folder.read_settings()
+    if not isinstance(inputs, dict):
+        raise CheckpointError(f"{folder.settings} is damaged (its inputs are no table): leave it out, or delete it.")
     metrics, probes = _cached_records(folder.metrics), _cached_records(folder.held_out)
     sittings = read_records(folder.sittings)
     device = sittings[-1] if sittings else {"device": None, "kind": None, "devices": None}
@@ -131,6 +149,14 @@ def thinned(metrics: Sequence[Value], points: int = _POINTS) -> Value:
     buckets = [stage[i : i + size] for stage in stages for i in range(0, len(stage), size)]
     at = {name: [bucket[-1].get(name) for bucket in buckets] for name in ("tokens", "device_seconds")}
     return at | {name: [_mean(record.get(name) for record in bucket) for bucket in buckets] for name in _CURVES}
+
+
+def _is_fine_tuning(path: Path) -> bool:
+    try:
+        settings = json.loads(RunFolder(path).settings.read_bytes())
+    except (OSError, ValueError):
+        return False  # whatever it is, it is damaged
+    return isinstance(settings, dict) and "tuning" in settings and "recipe" not in settings
 
 
 def _runs_below(folder: Path, depth: int) -> Iterator[Path]:

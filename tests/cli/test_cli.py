@@ -323,6 +323,13 @@ class TestTheWholePath:
         settings.write_text(json.dumps(noted))
         assert here(*arguments, "--resume").code == 0
 
+    def test_sequences_beyond_the_teachers_window(
+        self, path: WholePath, stories_text: Path, tmp_path: Path, here: Here
+    ) -> None:
+        options = ("--steps", "1", "--batch", "1", "--length", "600", "--align-share", "0")
+        result = here("retrain", path.converted, tmp_path / "out", "--text", stories_text, *options)
+        assert "the teacher was made for 512 tokens, and a sequence has 600" in " ".join(result.err.split())
+
     def test_two_runs_in_one_folder(self, path: WholePath, stories_text: Path, tmp_path: Path, here: Here) -> None:
         arguments = ("retrain", path.converted, tmp_path, "--text", stories_text, "--resume")
         (tmp_path / "run").mkdir()

@@ -6,19 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-from test_cli import Here, here, run  # noqa: F401 (a fixture)
+from test_cli import Here, here  # noqa: F401 (a fixture)
 from transformers import AutoTokenizer
 
 from tiny_models import PARENTS, tiny_parent
-
-
-@pytest.fixture(scope="module")
-def converted(stories_dir: Path, stories_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A calibrated conversion."""
-    folder = tmp_path_factory.mktemp("models") / "converted"
-    done = run("convert", stories_dir, folder, "--text", stories_text, "--windows", "4")
-    assert done.code == 0, done.err
-    return folder
 
 
 def test_calls_add_up(converted: Path, stories_text: Path, tmp_path: Path, here: Here) -> None:  # noqa: F811

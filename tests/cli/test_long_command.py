@@ -7,18 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_cli import Here, here, run  # noqa: F401 (a fixture)
+from test_cli import Here, here  # noqa: F401 (a fixture)
 
 from power_retention.models.sizes import state_bytes
-
-
-@pytest.fixture(scope="module")
-def converted(stories_dir: Path, stories_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A calibrated conversion, which speaks, if badly."""
-    folder = tmp_path_factory.mktemp("models") / "converted"
-    done = run("convert", stories_dir, folder, "--text", stories_text, "--windows", "4")
-    assert done.code == 0, done.err
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -213,6 +213,15 @@ def test_a_page_without_runs(chrome: Chrome, tmp_path: Path) -> None:
     assert chrome.get_log("browser") == []
 
 
+def test_what_cannot_be_read_is_named(chrome: Chrome, tmp_path: Path) -> None:
+    (tmp_path / "broken" / "run").mkdir(parents=True)
+    (tmp_path / "broken" / "run" / "run.json").write_text('{"recipe": ')
+    (tmp_path / "runs.html").write_text(render_page(read_runs([tmp_path])), encoding="utf-8")
+    chrome.get((tmp_path / "runs.html").as_uri())
+    assert str(tmp_path / "broken" / "run") in chrome.find_element(By.ID, "unreadable").text
+    assert chrome.get_log("browser") == []
+
+
 @contextmanager
 def served(folder: Path) -> Iterator[str]:
     with RunsServer(lambda: read_runs([folder])) as server:

@@ -197,6 +197,7 @@ def retrain(
             )
             shape = {"batch": batch, "length": length}
             recipe = Recipe.usual(1 if steps is None else steps, **shape, seed=seed, precision=precision, **rates)
+            _say_what_is_beyond(source, recipe)
         random.Random(recipe.seed).shuffle(documents)
         if mixture:
             mixture.batch(0, batch=1, length=recipe.length, seed=0)  # refuses sources shorter than a sequence
@@ -357,6 +358,16 @@ def _check_same_inputs(noted: dict[str, Any], given: dict[str, Any]) -> None:
             )
         raise CheckpointError(
             f"This run was begun with {name} {value}, not {given.get(name)}: resume it with the same."
+        )
+
+
+def _say_what_is_beyond(source: Source, recipe: Recipe) -> None:
+    """Beyond its window a teacher is no example."""
+    if recipe.length > (positions := source.model.config.max_position_embeddings):
+        status.print(
+            f"[bold]note:[/] the teacher was made for {positions:,} tokens, and a sequence has {recipe.length:,}: what it says "
+            "beyond is no example.",
+            highlight=False,
         )
 
 

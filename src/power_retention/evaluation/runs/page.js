@@ -475,6 +475,7 @@ function draw() {
   const some = data.runs.length > 0;
   byId("empty").hidden = some;
   byId("empty").textContent = "No runs here yet: power-retention retrain MODEL OUT --text … --held-out NAME=PATH begins one.";
+  byId("unreadable").textContent = data.unreadable.join(" ");
   for (const section of document.querySelectorAll("main > section")) section.hidden = !some;
   if (!some) return;
   byId("hours-name").textContent = hoursName();

@@ -15,10 +15,16 @@ from urllib.parse import urlsplit
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, BartConfig, GPT2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, BartConfig, GPT2Config, PreTrainedTokenizerFast
 
 from power_retention.conversion.families import SUPPORTED_MODEL_TYPES
-from power_retention.conversion.source import Source, fingerprint_weights, open_source
+from power_retention.conversion.source import (
+    Source,
+    fingerprint_tokenizer,
+    fingerprint_weights,
+    open_source,
+    open_tokenizer,
+)
 from power_retention.errors import PowerRetentionError, SourceError
 from real_models import write_stories_gguf
 
@@ -286,6 +292,22 @@ class TestTokenizer:
     def test_of_another_model(self, stories_copy: Path, smollm2: Source) -> None:
         smollm2.tokenizer.save_pretrained(stories_copy)
         assert "has 49152 tokens and its model 512: they do not belong together" in refusal(stories_copy)
+
+    def test_the_end_is_what_a_gguf_says(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Also where transformers, as 5.17 does, reads the token that begins a text instead."""
+        path = write_stories_gguf(tmp_path / "stories.gguf")
+        loaded = PreTrainedTokenizerFast.from_pretrained
+
+        def confused(*where: Any, **options: Any) -> PreTrainedTokenizerFast:
+            tokenizer = loaded(*where, **options)
+            tokenizer.eos_token = "<s>"
+            return tokenizer
+
+        usual = open_tokenizer(path)
+        monkeypatch.setattr(PreTrainedTokenizerFast, "from_pretrained", confused)
+        for tokenizer in (usual, open_tokenizer(path), open_source(path).tokenizer):
+            assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("</s>", 2)
+            assert fingerprint_tokenizer(tokenizer) == fingerprint_tokenizer(usual)
 
 
 class Hub(BaseHTTPRequestHandler):

@@ -110,7 +110,7 @@ def open_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
             opened.enter_context(contextlib.redirect_stderr(io.StringIO()))
         opened.enter_context(_loading("tokenizer", where))
         if kind == "gguf":
-            return PreTrainedTokenizerFast.from_pretrained(directory, gguf_file=path.name)
+            return _gguf_tokenizer(path, directory)
         return AutoTokenizer.from_pretrained(
             path if kind == "directory" else where, local_files_only=kind == "directory"
         )
@@ -362,12 +362,22 @@ def _open_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrai
     # The reader's own bars and notices go to stderr past transformers' logging.
     with _alone(path) as directory, contextlib.redirect_stderr(io.StringIO()):
         with _loading("tokenizer", where):
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(directory, gguf_file=path.name)
+            tokenizer = _gguf_tokenizer(path, directory)
         with _loading("configuration", where):
             config = AutoConfig.from_pretrained(directory, gguf_file=path.name)
         model = _load_model(directory, where, dtype, config=config, gguf_file=path.name, **_dequantize_options())
     _forget_quantization(model)
     return model, tokenizer
+
+
+def _gguf_tokenizer(path: Path, directory: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer inside; transformers 5.17 takes the token that begins a text for the one that ends it."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(directory, gguf_file=path.name)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        ends = _read_gguf_header(data, path).metadata.get("tokenizer.ggml.eos_token_id")
+    if ends is not None:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends)
+    return tokenizer
 
 
 @contextlib.contextmanager
